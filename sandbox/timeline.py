@@ -1,0 +1,126 @@
+"""How a vendor's job passes through its states: behaviours a person can set, and the clockwork behind them.
+
+A job's course is fixed when it starts, and its state is worked out from the clock when somebody asks, so a
+thousand waiting jobs cost nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from threading import Event
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+FOREVER = float("inf")
+AirbyteOutcome = Literal[
+    "succeed", "fail", "cancel", "incomplete_then_succeed", "stuck", "zero_rows", "unknown_word"
+]
+HightouchOutcome = Literal[
+    "succeed", "warn", "fail", "cancel", "interrupt", "stuck", "zero_rows", "unknown_word"
+]
+
+
+class Behaviour(BaseModel):
+    """How jobs behave from the next start on. Times are seconds."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    duration: float = Field(3.0, ge=0, description="A job ends no earlier than this after it left the queue.")
+    queued_seconds: float = Field(0.0, ge=0, description="How long a job waits for capacity before it runs.")
+    times: int | None = Field(
+        None, ge=1, description="The outcome holds for this many jobs; then all succeed."
+    )
+    word: str = Field("paused", description="The status text of outcome unknown_word.")
+    word_seconds: float | None = Field(None, ge=0, description="How long that text is shown; none: for ever.")
+    visibility_delay: float = Field(
+        0.0, ge=0, description="For this long a new job is missing from the vendor's lists."
+    )
+
+
+class ConnectionBehaviour(Behaviour):
+    """How an Airbyte connection's jobs behave."""
+
+    outcome: AirbyteOutcome = "succeed"
+
+
+class SyncBehaviour(Behaviour):
+    """How a Hightouch sync's runs behave."""
+
+    outcome: HightouchOutcome = "succeed"
+    rejected: float = Field(0.1, gt=0, le=1, description="The share of rows that outcome warn rejects.")
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A status and how long it lasts, in seconds."""
+
+    word: str
+    seconds: float
+
+
+@dataclass(slots=True)
+class Work:
+    """What a job really does, in a thread of its own: the job ends no earlier than this is done."""
+
+    cancelled: Event = field(default_factory=Event)
+    done_at: float | None = None  # monotonic
+    rows: int = 0
+    size: int = 0
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Timeline:
+    """The course of one job: phases in order, then an end word, unless it is cut short."""
+
+    phases: tuple[Phase, ...]
+    end_word: str
+    failed_word: str = "failed"
+    work: Work | None = None
+    started: float = field(default_factory=time.monotonic)
+    started_wall: float = field(default_factory=time.time)
+    cut: tuple[float, str] | None = None  # monotonic time and the word it ended with
+
+    def wall(self, moment: float) -> float:
+        """The wall clock (epoch seconds) at a monotonic moment of this job's life."""
+        return self.started_wall + (moment - self.started)
+
+    @property
+    def planned_end(self) -> float:
+        """The monotonic moment at which the phases are over."""
+        return self.started + sum(phase.seconds for phase in self.phases)
+
+    def at(self, now: float | None = None) -> tuple[str, float, bool]:
+        """The status at a moment, the moment it began, and whether it is final."""
+        now = time.monotonic() if now is None else now
+        if self.cut is not None:
+            return self.cut[1], self.cut[0], True
+        begin = self.started
+        for phase in self.phases:
+            if now < begin + phase.seconds:
+                return phase.word, begin, False
+            begin += phase.seconds
+        if self.work is None:
+            return self.end_word, begin, True
+        if self.work.done_at is None:
+            last = self.phases[-1]
+            return last.word, begin - last.seconds, False
+        ended = max(begin, self.work.done_at)
+        return (self.failed_word if self.work.error else self.end_word), ended, True
+
+    def finish(self, word: str) -> None:
+        """End the job now with this word, unless it has ended; its work is told to stop."""
+        if not self.at()[2]:
+            self.cut = (time.monotonic(), word)
+            if self.work is not None:
+                self.work.cancelled.set()
+
+
+def iso(epoch: float, *, millis: bool = False) -> str:
+    """An epoch time as RFC 3339 in UTC, to the second (Airbyte) or the millisecond (Hightouch)."""
+    moment = datetime.fromtimestamp(epoch, UTC)
+    text = moment.isoformat(timespec="milliseconds" if millis else "seconds")
+    return text.replace("+00:00", "Z")
