@@ -5,9 +5,9 @@ with by_aircraft as (
         min(flight_date) as first_seen_on,
         max(flight_date) as last_seen_on,
         count(distinct flight_date) as days_flown,
-        sum(case when is_cancelled then 0 else 1 end) as departures,
-        sum(air_time_minutes) / 60.0 as air_hours,
-        sum(case when is_cancelled then 0 else distance_miles end) as miles
+        {{ count_where('not is_cancelled') }} as departures,
+        round(cast(sum(air_time_minutes) / 60.0 as numeric(18, 8)), 2) as air_hours,
+        cast(sum(case when is_cancelled then 0 else distance_miles end) as bigint) as miles
     from {{ ref('fct_flights') }}
     where tail_number is not null
     group by tail_number

@@ -3,8 +3,8 @@ with weather as (
     select
         airport,
         observed_on,
-        sum(case when condition = 'severe' then 1 else 0 end) as severe_hours,
-        sum(case when condition = 'adverse' then 1 else 0 end) as adverse_hours,
+        {{ count_where("condition = 'severe'") }} as severe_hours,
+        {{ count_where("condition = 'adverse'") }} as adverse_hours,
         min(visibility_miles) as lowest_visibility_miles,
         max(wind_gust_mph) as strongest_gust_mph,
         sum(precipitation_inches) as precipitation_inches
@@ -19,7 +19,7 @@ flights as (
         origin_airport,
         flight_date,
         count(*) as scheduled_flights,
-        sum(case when condition in ('severe', 'adverse') then 1 else 0 end) as flights_in_bad_weather,
+        {{ count_where("condition in ('severe', 'adverse')") }} as flights_in_bad_weather,
         {{ mean_of('departure_delay_minutes') }} as mean_departure_delay_minutes,
         {{ share_of("outcome in ('late', 'cancelled')") }} as disrupted_rate
     from {{ ref('fct_flight_weather') }}
