@@ -35,15 +35,16 @@ class AirbyteSettings(BaseModel):
 
     auth: Literal["token", "basic", "none"] = "token"
     token_seconds: float = Field(900.0, gt=0, description="Lifetime of tokens issued from now on.")
-    announce_expiry: bool = Field(
-        True, description="Off: the token reply has no expires_in, only the JWT's exp."
-    )
-    cancel_seconds: float = Field(
-        0.05, ge=0, description="How long DELETE /jobs/{id} blocks until the job stopped."
-    )
-    requests_per_minute: int | None = Field(
-        None, ge=1, description="Beyond it: 429 without Retry-After. None: off."
-    )
+    announce_expiry: bool = Field(True, description="Off: only the JWT says when it expires.")
+    cancel_seconds: float = Field(0.05, ge=0, description="How long a cancel request blocks.")
+    requests_per_minute: int | None = Field(None, ge=1, description="Beyond it: 429 without Retry-After.")
+
+
+class ConnectionChange(ConnectionBehaviour):
+    """A change to one connection: any field of its behaviour, its status, or the rows of a synthetic one."""
+
+    status: ConnectionStatus = "active"
+    rows: int = Field(1000, ge=0)
 
 
 class StartRefused(Exception):
@@ -174,7 +175,7 @@ class Airbyte:
                 streams=[_stream_reply(spec.stream)],
             )
 
-    # -- controls ---------------------------------------------------------------------------------------------
+    # -- controls --
 
     def connection(self, name_or_id: str) -> Connection:
         """A connection by its name or id.
@@ -248,7 +249,7 @@ class Airbyte:
                 if job.timeline.work is not None:
                     job.timeline.work.cancelled.set()
 
-    # -- tokens -----------------------------------------------------------------------------------------------
+    # -- tokens --
 
     def issue_token(self) -> tuple[str, float]:
         """A new bearer token and its lifetime in seconds."""
@@ -276,7 +277,7 @@ class Airbyte:
         with self.lock:
             self._tokens.clear()
 
-    # -- jobs -------------------------------------------------------------------------------------------------
+    # -- jobs --
 
     def start(self, connection_id: str, job_type: JobType) -> Job:
         """Start a job.
@@ -310,9 +311,7 @@ class Airbyte:
         behaviour = connection.behaviour
         outcome: AirbyteOutcome = behaviour.outcome if job_type == "sync" else "succeed"
         if job_type == "sync" and outcome != "succeed" and behaviour.times is not None:
-            left = behaviour.times - 1
-            change = {"times": left} if left else {"times": None, "outcome": "succeed"}
-            connection.behaviour = behaviour.model_copy(update=change)
+            connection.behaviour = behaviour.used_once()
         phases, end_word = _course(behaviour, outcome)
         loads = connection.stream is not None and end_word == "succeeded" and outcome != "zero_rows"
         fixed = None if loads else connection.rows
@@ -351,22 +350,6 @@ class Airbyte:
             work.error = str(exc)
         finally:
             work.done_at = time.monotonic()
-
-
-class ConnectionChange(BaseModel):
-    """A change to one connection: any field of its behaviour, its status, or its rows."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    duration: float = Field(3.0, ge=0)
-    queued_seconds: float = Field(0.0, ge=0)
-    outcome: AirbyteOutcome = "succeed"
-    times: int | None = Field(None, ge=1)
-    word: str = "paused"
-    word_seconds: float | None = Field(None, ge=0)
-    visibility_delay: float = Field(0.0, ge=0)
-    status: ConnectionStatus = "active"
-    rows: int = Field(1000, ge=0)
 
 
 _JWT = {"alg": "HS256", "typ": "JWT"}

@@ -20,72 +20,14 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sandbox import catalog
-from sandbox.airbyte import Airbyte, ConnectionStatus, Job, JobType, StartRefused
+from sandbox.airbyte import Airbyte, Connection, ConnectionStatus, Job, JobType, StartRefused
+from sandbox.airbyte_problems import Problem, not_found, state_conflict, try_again_later
 
 PREFIX = "/api/public/v1"
 # A real server writes its own configured address into `next`, not the one the client used.
 _CONFIGURED_HOST = f"http://airbyte.internal:8001{PREFIX}"
-_ERRORS = "https://reference.airbyte.com/reference/errors"
-_PROBLEMS = {
-    400: ("bad-request", "The request could not be understood by the server due to malformed syntax."),
-    401: ("invalid-api-key", "The API key in the Authorization header is invalid."),
-    404: ("resource-not-found", "The requested resource could not be found."),
-    422: ("unprocessable-entity", "The body of the request was not understood"),
-}
 _STATUSES = ("pending", "queued", "running", "incomplete", "failed", "succeeded", "cancelled")
 _JOB_TYPES = ("sync", "reset", "refresh", "clear")
-
-
-class Problem(Exception):
-    """An error reply of Airbyte's, raised by a handler."""
-
-    def __init__(self, status: int, message: str = "", *, body: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        title, detail = _PROBLEMS.get(status, ("", ""))
-        self.status = status
-        self.body = body or {
-            "status": status,
-            "type": f"{_ERRORS}#{title}",
-            "title": title,
-            "detail": detail,
-            **({"data": {"message": message}} if message else {}),
-        }
-
-
-def try_again_later(message: str) -> Problem:
-    """409: something runs already."""
-    body = {
-        "status": 409,
-        "type": f"{_ERRORS}#try-again-later",
-        "title": "try-again-later",
-        "detail": "Please try again later.",
-        "data": {"message": message},
-    }
-    return Problem(409, body=body)
-
-
-def state_conflict(message: str) -> Problem:
-    """409: the state does not allow it."""
-    body = {
-        "status": 409,
-        "type": f"{_ERRORS}#409-state-conflict",
-        "title": "state-conflict",
-        "detail": "State conflict",
-        "data": {"message": message},
-    }
-    return Problem(409, body=body)
-
-
-def not_found(kind: str, resource_id: str) -> Problem:
-    """404: no such connection, job or workspace."""
-    body = {
-        "status": 404,
-        "type": f"{_ERRORS}#resource-not-found",
-        "title": "resource-not-found",
-        "detail": "The requested resource could not be found.",
-        "data": {"resourceType": kind, "resourceId": resource_id},
-    }
-    return Problem(404, body=body)
 
 
 class _ConnectionPatch(BaseModel):
@@ -166,12 +108,14 @@ class AirbyteApi:
             raise Problem(429, body={"message": "You are being rate limited."})
         self._recent.append(now)
 
-    # -- token, health ----------------------------------------------------------------------------------------
+    # -- token, health --
 
     async def health(self, request: Request) -> str:
+        """GET /health."""
         return "Successful operation"
 
     async def token(self, request: Request) -> dict[str, Any]:
+        """POST /applications/token: a bearer token for client credentials."""
         body = await request.body()
         if "x-www-form-urlencoded" in request.headers.get("content-type", ""):
             sent: Any = dict(parse_qsl(body.decode("utf-8", "replace")))
@@ -189,9 +133,10 @@ class AirbyteApi:
         answer: dict[str, Any] = {"access_token": token, "token_type": "Bearer"}
         return answer | ({"expires_in": int(lifetime)} if self.airbyte.settings.announce_expiry else {})
 
-    # -- jobs -------------------------------------------------------------------------------------------------
+    # -- jobs --
 
     async def create_job(self, request: Request) -> dict[str, Any]:
+        """POST /jobs: start a sync, a reset or a clear."""
         sent = _json(await request.body())
         if not isinstance(sent, dict):
             raise Problem(422, "The body is not an object")
@@ -212,9 +157,11 @@ class AirbyteApi:
             raise try_again_later(f"A sync is already running for: {connection_id}") from refused
 
     async def get_job(self, request: Request) -> dict[str, Any]:
+        """GET /jobs/{id}."""
         return self._job(request).reply()
 
     async def cancel_job(self, request: Request) -> dict[str, Any]:
+        """DELETE /jobs/{id}: stop what the job's connection runs now."""
         job_id = _integer(request.path_params["job_id"], "jobId")
         job = self.airbyte.jobs.get(job_id)
         if job is None:
@@ -228,6 +175,7 @@ class AirbyteApi:
         return job.reply()
 
     async def list_jobs(self, request: Request) -> dict[str, Any]:
+        """GET /jobs: filtered, ordered (oldest first unless told), in pages."""
         query = request.query_params
         limit, offset = _page(request)
         keep = self._job_filter(request)
@@ -276,9 +224,10 @@ class AirbyteApi:
             raise not_found("job", str(job_id))
         return job
 
-    # -- connections, workspaces, tags ------------------------------------------------------------------------
+    # -- connections, workspaces, tags --
 
     async def list_connections(self, request: Request) -> dict[str, Any]:
+        """GET /connections."""
         limit, offset = _page(request)
         workspaces, tags = _ids(request, "workspaceIds"), set(_ids(request, "tagIds"))
         deleted = request.query_params.get("includeDeleted") == "true"
@@ -294,9 +243,11 @@ class AirbyteApi:
         return {"data": page, **_links("/connections", [], limit, offset, empty=not page)}
 
     async def get_connection(self, request: Request) -> dict[str, Any]:
+        """GET /connections/{id}."""
         return self._connection(request).reply()
 
     async def patch_connection(self, request: Request) -> dict[str, Any]:
+        """PATCH /connections/{id}."""
         connection = self._connection(request)
         try:
             change = _ConnectionPatch.model_validate(_json(await request.body()))
@@ -314,7 +265,7 @@ class AirbyteApi:
                 connection.streams = change.configurations.get("streams", connection.streams)
         return connection.reply()
 
-    def _connection(self, request: Request) -> Any:
+    def _connection(self, request: Request) -> Connection:
         connection_id = _uuid(request.path_params["connection_id"], "connectionId")
         connection = self.airbyte.connections.get(connection_id)
         if connection is None:
@@ -322,6 +273,7 @@ class AirbyteApi:
         return connection
 
     async def list_workspaces(self, request: Request) -> dict[str, Any]:
+        """GET /workspaces."""
         limit, offset = _page(request)
         wanted = _ids(request, "workspaceIds")
         found = [_workspace()] if not wanted or catalog.WORKSPACE_ID in wanted else []
@@ -329,12 +281,14 @@ class AirbyteApi:
         return {"data": page, **_links("/workspaces", [], limit, offset, empty=not page)}
 
     async def get_workspace(self, request: Request) -> dict[str, Any]:
+        """GET /workspaces/{id}."""
         workspace_id = _uuid(request.path_params["workspace_id"], "workspaceId")
         if workspace_id != catalog.WORKSPACE_ID:
             raise not_found("workspace", workspace_id)
         return _workspace()
 
     async def list_tags(self, request: Request) -> dict[str, Any]:
+        """GET /tags."""
         wanted = _ids(request, "workspaceIds")
         if wanted and catalog.WORKSPACE_ID not in wanted:
             return {"data": []}

@@ -39,19 +39,25 @@ class Front:
             return
         path: str = scope["path"]
         vendor = vendor_of(path)
+        answered = False
+
+        async def noting_send(message: Message) -> None:
+            nonlocal answered
+            answered = True
+            await send(message)
+
         try:
             if vendor is None:
-                await self.app(scope, receive, send)
+                await self.app(scope, receive, noting_send)
             else:
-                await self._vendor_request(vendor, path, scope, receive, send)
+                await self._vendor_request(vendor, path, scope, receive, noting_send)
         except asyncio.CancelledError:
             # The sandbox is being stopped: the client's connection is gone, nothing is left to answer.
             return
         except Exception:  # noqa: BLE001 - a server's last resort: say it and answer 500, whatever it was
             _log.exception("The sandbox failed on %s %s", scope["method"], path)
-            await _answer(
-                send, 500, b"The sandbox itself failed, see its log", [(b"content-type", b"text/plain")]
-            )
+            if not answered:
+                await _answer(send, 500, b"The sandbox failed", [(b"content-type", b"text/plain")])
 
     async def _vendor_request(
         self, vendor: str, path: str, scope: Scope, receive: Receive, send: Send

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import threading
 import time
@@ -17,11 +16,13 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from sandbox import airbyte_api, catalog
+from sandbox import airbyte_api, catalog, control, hightouch_api, pages
 from sandbox.airbyte import Airbyte
 from sandbox.faults import FaultBook
 from sandbox.front import Front
+from sandbox.hightouch import Hightouch
 from sandbox.requestlog import RequestLog
+from sandbox.slack import Slack
 from sandbox.warehouse import Warehouse
 
 HOST = "127.0.0.1"
@@ -62,6 +63,8 @@ class Sandbox:
             (warehouse or self.state_dir / "warehouse.duckdb").absolute(), self.state_dir
         )
         self.airbyte = Airbyte(self.warehouse, job_seconds)
+        self.hightouch = Hightouch(self.warehouse, job_seconds)
+        self.slack = Slack()
         self.requests = RequestLog()
         self.faults = FaultBook()
         self._state = ServerState()
@@ -82,9 +85,17 @@ class Sandbox:
         self._started = threading.Event()
 
     def _app(self) -> Starlette:
-        return Starlette(routes=airbyte_api.AirbyteApi(self.airbyte).routes())
+        return Starlette(
+            routes=[
+                *airbyte_api.AirbyteApi(self.airbyte).routes(),
+                *hightouch_api.HightouchApi(self.hightouch).routes(),
+                *self.slack.routes(),
+                *control.Control(self).routes(),
+                *pages.Pages(self).routes(),
+            ]
+        )
 
-    # -- addresses --------------------------------------------------------------------------------------------
+    # -- addresses --
 
     @property
     def url(self) -> str:
@@ -99,7 +110,7 @@ class Sandbox:
     @property
     def hightouch_url(self) -> str:
         """The base URL of Hightouch's API."""
-        return f"{self.url}/hightouch/api/v1"
+        return f"{self.url}{hightouch_api.PREFIX}"
 
     def slack_url(self, channel: str = catalog.DEFAULT_CHANNEL) -> str:
         """The incoming webhook of a channel.
@@ -110,7 +121,7 @@ class Sandbox:
         webhook, secret = catalog.WEBHOOKS[channel]
         return f"{self.url}/services/{catalog.SLACK_TEAM}/{webhook}/{secret}"
 
-    # -- life -------------------------------------------------------------------------------------------------
+    # -- life --
 
     def start(self) -> Self:
         """Bind the port and serve from a daemon thread.
@@ -131,6 +142,7 @@ class Sandbox:
         if self._thread is None or self._loop is None or self._stopping is None:
             return
         self.airbyte.stop()
+        self.hightouch.stop()
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
         self._thread = None
@@ -143,7 +155,7 @@ class Sandbox:
     ) -> None:
         self.stop()
 
-    # -- outages ----------------------------------------------------------------------------------------------
+    # -- outages --
 
     def pause(self) -> None:
         """Close the port and all connections: from now on a connect is refused."""
@@ -173,10 +185,11 @@ class Sandbox:
             raise RuntimeError("The sandbox is not running")
         asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(_STARTED_WITHIN)
 
-    # -- inside the thread ------------------------------------------------------------------------------------
+    # -- inside the thread --
 
     def _bind(self) -> socket.socket:
-        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        # The protocol is named because asyncio sets TCP_NODELAY only then; without, each reply takes 40 ms.
+        listening = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             # Without it a port that was just closed stays taken while old connections fade.
             listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -233,8 +246,3 @@ class Sandbox:
         # Two turns of the loop, so that every connection has learnt of its end.
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-
-
-def quiet_logging() -> None:
-    """Keep uvicorn's own messages off the terminal; the request log says more."""
-    logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)

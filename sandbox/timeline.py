@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from threading import Event
-from typing import Literal
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -28,16 +28,20 @@ class Behaviour(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    duration: float = Field(3.0, ge=0, description="A job ends no earlier than this after it left the queue.")
-    queued_seconds: float = Field(0.0, ge=0, description="How long a job waits for capacity before it runs.")
-    times: int | None = Field(
-        None, ge=1, description="The outcome holds for this many jobs; then all succeed."
-    )
+    duration: float = Field(3.0, ge=0, description="A job works at least this long, once out of the queue.")
+    queued_seconds: float = Field(0.0, ge=0, description="How long a job waits for capacity.")
+    times: int | None = Field(None, ge=1, description="The outcome holds for so many jobs.")
     word: str = Field("paused", description="The status text of outcome unknown_word.")
     word_seconds: float | None = Field(None, ge=0, description="How long that text is shown; none: for ever.")
     visibility_delay: float = Field(
         0.0, ge=0, description="For this long a new job is missing from the vendor's lists."
     )
+
+    def used_once(self) -> Self:
+        """The behaviour after one job that its outcome was limited to."""
+        left = (self.times or 1) - 1
+        spent: dict[str, Any] = {"times": None, "outcome": "succeed"}
+        return self.model_copy(update={"times": left} if left else spent)
 
 
 class ConnectionBehaviour(Behaviour):

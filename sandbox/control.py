@@ -1,0 +1,307 @@
+"""The control API under `/_sandbox/`: change how the stage behaves and read back what happened, over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import orjson
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from sandbox.airbyte import Connection, ConnectionChange
+from sandbox.faults import Fault
+from sandbox.hightouch import Sync, SyncChange
+from sandbox.requestlog import as_dict
+from sandbox.slack import ChannelError
+
+if TYPE_CHECKING:
+    from sandbox.server import Sandbox
+
+PREFIX = "/_sandbox"
+_Model = TypeVar("_Model", bound=BaseModel)
+_BEFORE_OUTAGE = 0.05  # seconds, so that the reply that announces an outage still gets out
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _NewConnections(_Body):
+    count: int = Field(ge=1, le=10_000)
+    duration: float = Field(3.0, ge=0)
+    rows: int = Field(1000, ge=0)
+    prefix: str = Field("synthetic", pattern=r"^[a-z][a-z0-9_-]*$")
+
+
+class _Outage(_Body):
+    seconds: float = Field(gt=0, le=3600)
+
+
+class _Finish(_Body):
+    status: Literal["failed", "cancelled"]
+
+
+class _Channel(_Body):
+    error: ChannelError | None
+
+
+class _Settings(_Body):
+    airbyte: dict[str, Any] = Field(default_factory=dict)
+    hightouch: dict[str, Any] = Field(default_factory=dict)
+    slack: dict[str, Any] = Field(default_factory=dict)
+
+
+class Control:
+    """The routes of the control API."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self._pending: set[asyncio.Task[None]] = set()
+
+    def routes(self) -> list[Route]:
+        """All routes."""
+        return [
+            _route("/", self.state, "GET"),
+            _route("/state", self.state, "GET"),
+            _route("/requests", self.get_requests, "GET"),
+            _route("/requests", self.delete_requests, "DELETE"),
+            _route("/faults", self.get_faults, "GET"),
+            _route("/faults", self.add_fault, "POST"),
+            _route("/faults", self.delete_faults, "DELETE"),
+            _route("/faults/{fault_id:int}", self.delete_fault, "DELETE"),
+            _route("/outage", self.outage, "POST"),
+            _route("/settings", self.get_settings, "GET"),
+            _route("/settings", self.patch_settings, "PATCH"),
+            _route("/tokens", self.revoke_tokens, "DELETE"),
+            _route("/connections", self.get_connections, "GET"),
+            _route("/connections", self.add_connections, "POST"),
+            _route("/connections/{key}", self.patch_connection, "PATCH"),
+            _route("/jobs", self.get_jobs, "GET"),
+            _route("/jobs/{job_id:int}", self.finish_job, "PATCH"),
+            _route("/syncs", self.get_syncs, "GET"),
+            _route("/syncs/{key}", self.patch_sync, "PATCH"),
+            _route("/runs", self.get_runs, "GET"),
+            _route("/slack/messages", self.get_messages, "GET"),
+            _route("/slack/messages", self.delete_messages, "DELETE"),
+            _route("/slack/channels/{channel}", self.patch_channel, "PATCH"),
+        ]
+
+    # -- what happened --
+
+    async def state(self, request: Request) -> dict[str, Any]:
+        """GET /state: the whole stage at a glance."""
+        box = self.sandbox
+        with box.airbyte.lock:
+            jobs = list(box.airbyte.jobs.values())
+        starts = dict.fromkeys((c.name for c in list(box.airbyte.connections.values())[:50]), 0)
+        for job in jobs:
+            if job.connection_name in starts:
+                starts[job.connection_name] += 1
+        return {
+            "urls": {"airbyte": box.airbyte_url, "hightouch": box.hightouch_url},
+            "warehouse": str(box.warehouse.path),
+            "connections": len(box.airbyte.connections),
+            "jobs": len(jobs),
+            "running": sum(1 for job in jobs if not job.timeline.at()[2]),
+            "starts": starts,
+            "token_requests": box.airbyte.token_requests,
+            "runs": {sync.spec.slug: len(sync.runs) for sync in box.hightouch.syncs.values()},
+            "messages": len(box.slack.messages),
+            "requests": len(box.requests),
+            "faults": box.faults.listing(),
+        }
+
+    async def get_requests(self, request: Request) -> dict[str, Any]:
+        """GET /requests?vendor=&method=&path=&limit=: the request log, newest last."""
+        query = request.query_params
+        found = self.sandbox.requests.find(
+            vendor=query.get("vendor"), method=query.get("method"), path=query.get("path")
+        )
+        limit = int(query.get("limit", "1000"))
+        return {"total": len(found), "data": [as_dict(entry) for entry in found[-limit:]]}
+
+    async def delete_requests(self, request: Request) -> dict[str, Any]:
+        """DELETE /requests: forget the log."""
+        self.sandbox.requests.clear()
+        return {}
+
+    async def get_jobs(self, request: Request) -> dict[str, Any]:
+        """GET /jobs: every Airbyte job, oldest first, with the reason of a failed load."""
+        with self.sandbox.airbyte.lock:
+            jobs = list(self.sandbox.airbyte.jobs.values())
+        shown = []
+        for job in jobs:
+            work = job.timeline.work
+            shown.append(
+                {**job.reply(), "connection": job.connection_name, "error": work.error if work else None}
+            )
+        return {"data": shown}
+
+    async def get_runs(self, request: Request) -> dict[str, Any]:
+        """GET /runs: every Hightouch run, by sync."""
+        syncs = self.sandbox.hightouch.syncs.values()
+        return {sync.spec.slug: [run.reply() for run in list(sync.runs)] for sync in syncs}
+
+    async def get_messages(self, request: Request) -> dict[str, Any]:
+        """GET /slack/messages?channel=: what was posted, oldest first."""
+        channel = request.query_params.get("channel")
+        messages = list(self.sandbox.slack.messages)
+        return {"data": [asdict(m) for m in messages if channel in (None, m.channel)]}
+
+    async def delete_messages(self, request: Request) -> dict[str, Any]:
+        """DELETE /slack/messages: forget them."""
+        self.sandbox.slack.clear()
+        return {}
+
+    # -- what shall go wrong --
+
+    async def get_faults(self, request: Request) -> dict[str, Any]:
+        """GET /faults: the rules with their counters."""
+        return {"data": self.sandbox.faults.listing()}
+
+    async def add_fault(self, request: Request) -> dict[str, Any]:
+        """POST /faults: switch a fault on."""
+        return {"id": self.sandbox.faults.add(await _parsed(request, Fault))}
+
+    async def delete_faults(self, request: Request) -> dict[str, Any]:
+        """DELETE /faults: switch all off."""
+        self.sandbox.faults.clear()
+        return {}
+
+    async def delete_fault(self, request: Request) -> dict[str, Any]:
+        """DELETE /faults/{id}: switch one off."""
+        if not self.sandbox.faults.remove(request.path_params["fault_id"]):
+            raise KeyError(f"fault {request.path_params['fault_id']}")
+        return {}
+
+    async def outage(self, request: Request) -> dict[str, Any]:
+        """POST /outage: from a moment after the reply on, connections are refused for some seconds."""
+        seconds = (await _parsed(request, _Outage)).seconds
+
+        async def later() -> None:
+            await asyncio.sleep(_BEFORE_OUTAGE)
+            await self.sandbox.begin_outage(seconds)
+
+        task = asyncio.get_running_loop().create_task(later())
+        self._pending.add(task)
+        task.add_done_callback(self._pending.discard)
+        return {"seconds": seconds}
+
+    async def patch_channel(self, request: Request) -> dict[str, Any]:
+        """PATCH /slack/channels/{channel}: answer every post with an error, or (null) heal it."""
+        error = (await _parsed(request, _Channel)).error
+        self.sandbox.slack.break_channel(request.path_params["channel"], error)
+        return {"channel": request.path_params["channel"], "error": error}
+
+    async def finish_job(self, request: Request) -> dict[str, Any]:
+        """PATCH /jobs/{id}: end an Airbyte job now, failed or cancelled."""
+        status = (await _parsed(request, _Finish)).status
+        job_id = request.path_params["job_id"]
+        self.sandbox.airbyte.finish_job(job_id, status)
+        return self.sandbox.airbyte.jobs[job_id].reply()
+
+    async def revoke_tokens(self, request: Request) -> dict[str, Any]:
+        """DELETE /tokens: make all bearer tokens invalid."""
+        self.sandbox.airbyte.revoke_tokens()
+        return {}
+
+    # -- how things behave --
+
+    async def get_settings(self, request: Request) -> dict[str, Any]:
+        """GET /settings: of the vendors' servers."""
+        box = self.sandbox
+        return {
+            "airbyte": box.airbyte.settings.model_dump(),
+            "hightouch": box.hightouch.settings.model_dump(),
+            "slack": box.slack.settings.model_dump(),
+        }
+
+    async def patch_settings(self, request: Request) -> dict[str, Any]:
+        """PATCH /settings: change some."""
+        box = self.sandbox
+        change = await _parsed(request, _Settings)
+        # All three are checked before one is changed.
+        airbyte = type(box.airbyte.settings).model_validate(
+            box.airbyte.settings.model_dump() | change.airbyte
+        )
+        hightouch = type(box.hightouch.settings).model_validate(
+            box.hightouch.settings.model_dump() | change.hightouch
+        )
+        slack = type(box.slack.settings).model_validate(box.slack.settings.model_dump() | change.slack)
+        box.airbyte.settings, box.hightouch.settings, box.slack.settings = airbyte, hightouch, slack
+        return await self.get_settings(request)
+
+    async def get_connections(self, request: Request) -> dict[str, Any]:
+        """GET /connections: each with its behaviour."""
+        return {"data": [_connection(c) for c in list(self.sandbox.airbyte.connections.values())]}
+
+    async def add_connections(self, request: Request) -> dict[str, Any]:
+        """POST /connections: add connections that load no data."""
+        new = await _parsed(request, _NewConnections)
+        ids = self.sandbox.airbyte.add_connections(
+            new.count, duration=new.duration, rows=new.rows, prefix=new.prefix
+        )
+        return {"connectionIds": ids}
+
+    async def patch_connection(self, request: Request) -> dict[str, Any]:
+        """PATCH /connections/{id or name}: how its next jobs behave."""
+        change = await _parsed(request, ConnectionChange)
+        fields = change.model_dump(exclude_unset=True)
+        return _connection(self.sandbox.airbyte.set(request.path_params["key"], **fields))
+
+    async def get_syncs(self, request: Request) -> dict[str, Any]:
+        """GET /syncs: each with its behaviour."""
+        return {"data": [_sync(sync) for sync in self.sandbox.hightouch.syncs.values()]}
+
+    async def patch_sync(self, request: Request) -> dict[str, Any]:
+        """PATCH /syncs/{id or slug}: how its next runs behave."""
+        change = await _parsed(request, SyncChange)
+        fields = change.model_dump(exclude_unset=True)
+        return _sync(self.sandbox.hightouch.set(request.path_params["key"], **fields))
+
+
+def _connection(connection: Connection) -> dict[str, Any]:
+    return {
+        "connectionId": connection.connection_id,
+        "name": connection.name,
+        "status": connection.status,
+        **connection.behaviour.model_dump(),
+    }
+
+
+def _sync(sync: Sync) -> dict[str, Any]:
+    return {
+        "id": sync.spec.sync_id,
+        "slug": sync.spec.slug,
+        "disabled": sync.disabled,
+        **sync.behaviour.model_dump(),
+    }
+
+
+async def _parsed(request: Request, model: type[_Model]) -> _Model:
+    return model.model_validate_json(await request.body() or b"{}")
+
+
+def _route(path: str, handler: Callable[[Request], Awaitable[dict[str, Any]]], method: str) -> Route:
+    async def endpoint(request: Request) -> Response:
+        try:
+            body, status = await handler(request), 200
+        except ValidationError as exc:
+            errors = [
+                {"field": ".".join(str(part) for part in error["loc"]), "error": error["msg"]}
+                for error in exc.errors(include_url=False, include_context=False)
+            ]
+            body, status = {"errors": errors}, 422
+        except (ValueError, re.error) as exc:  # a query parameter that is no number, or no pattern
+            body, status = {"errors": [{"field": "query", "error": str(exc)}]}, 422
+        except KeyError as exc:
+            body, status = {"errors": [{"field": "path", "error": f"There is no {exc.args[0]} here"}]}, 404
+        return Response(orjson.dumps(body), status, media_type="application/json")
+
+    return Route(PREFIX + path, endpoint, methods=[method])

@@ -1,0 +1,73 @@
+"""The printed list of what is on the stage and how to play with it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sandbox import catalog
+
+if TYPE_CHECKING:
+    from sandbox.server import Sandbox
+
+
+def guide(sandbox: Sandbox) -> str:
+    """What is there, with everything that is needed to use it, as plain text."""
+    control = f"{sandbox.url}/_sandbox"
+    connections = "\n".join(
+        f"    {spec.name:<9} {spec.connection_id}   {spec.stream.table:<22} owner:{spec.owner}"
+        for spec in catalog.CONNECTIONS
+    )
+    syncs = "\n".join(
+        f"    {spec.sync_id}  {spec.slug:<26} {spec.table:<29} owner={spec.owner}" for spec in catalog.SYNCS
+    )
+    webhooks = "\n".join(f"    {name:<15} {sandbox.slack_url(name)}" for name in catalog.WEBHOOKS)
+    return f"""\
+The sandbox is at {sandbox.url}  (everything below is invented; the credentials open nothing else)
+
+Airbyte, Public API v1
+    base URL       {sandbox.airbyte_url}
+    client id      {catalog.CLIENT_ID}
+    client secret  {catalog.CLIENT_SECRET}
+    workspace      {catalog.WORKSPACE_ID}  "{catalog.WORKSPACE_NAME}"
+  connections: each really loads its table into the warehouse
+{connections}
+
+Hightouch, API v1
+    base URL       {sandbox.hightouch_url}
+    API key        {catalog.HIGHTOUCH_API_KEY}
+  syncs: each reads its table from the warehouse
+{syncs}
+
+Slack, incoming webhooks
+{webhooks}
+
+Warehouse (DuckDB, opened only while a job works)
+    {sandbox.warehouse.path}
+
+Look
+    all at a glance   curl {control}/state
+    who asked what    curl '{control}/requests?vendor=airbyte'
+    Airbyte's jobs    curl {control}/jobs
+    Hightouch's runs  curl {control}/runs
+    what was posted   curl {control}/slack/messages
+
+Make trouble
+    the weather sync fails, once:
+      curl -X PATCH {control}/connections/weather -d '{{"outcome":"fail","times":1}}'
+      outcomes: succeed fail cancel incomplete_then_succeed stuck zero_rows unknown_word;
+      also: duration, queued_seconds, visibility_delay (seconds), status (active, inactive)
+    the CRM sync rejects some rows:
+      curl -X PATCH {control}/syncs/101 -d '{{"outcome":"warn"}}'
+    Airbyte answers 503, three times:
+      curl {control}/faults -d '{{"vendor":"airbyte","kind":"status","status":503,"times":3}}'
+    a start is accepted, but its reply is lost:
+      curl {control}/faults \\
+        -d '{{"vendor":"airbyte","method":"POST","path":"/jobs$","kind":"drop_after","times":1}}'
+      kinds: status html empty garbage truncated_json null_fields delay drop reset drop_after cut
+    nothing listens for 20 seconds:
+      curl {control}/outage -d '{{"seconds":20}}'
+    tokens live for 3 seconds:
+      curl -X PATCH {control}/settings -d '{{"airbyte":{{"token_seconds":3}}}}'
+    peace again:
+      curl -X DELETE {control}/faults
+"""

@@ -1,0 +1,102 @@
+"""A few web pages, so that a job's link leads to something: the guide, a connection's jobs, a sync's runs."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import TYPE_CHECKING
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route
+
+from sandbox.guide import guide
+from sandbox.timeline import iso
+
+if TYPE_CHECKING:
+    from sandbox.server import Sandbox
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222 }
+table { border-collapse: collapse; width: 100% } th, td { text-align: left; padding: .3rem .8rem .3rem 0 }
+th { border-bottom: 1px solid #999 } tr.this { background: #fff3c4 } pre { font-size: 13px; overflow-x: auto }
+"""
+
+
+class Pages:
+    """The routes of the pages, at the addresses that the vendors' own apps use."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+
+    def routes(self) -> list[Route]:
+        """All routes."""
+        return [
+            Route("/", self.home),
+            Route("/workspaces/{workspace}/connections/{connection}", self.connection),
+            Route("/workspaces/{workspace}/connections/{connection}/{rest:path}", self.connection),
+            Route("/hightouch/{workspace}/syncs/{sync}", self.sync),
+            Route("/hightouch/{workspace}/syncs/{sync}/runs/{run}", self.sync),
+        ]
+
+    async def home(self, request: Request) -> Response:
+        """The guide; as plain text for curl, as a page for a browser."""
+        text = guide(self.sandbox)
+        if "text/html" not in request.headers.get("accept", ""):
+            return Response(text, media_type="text/plain")
+        return _page("Sandbox", f"<pre>{escape(text)}</pre>")
+
+    async def connection(self, request: Request) -> Response:
+        """A connection and its jobs, newest first; `jobId` in the query is marked."""
+        key = request.path_params["connection"]
+        try:
+            connection, jobs = self.sandbox.airbyte.connection(key), self.sandbox.airbyte.jobs_of(key)
+        except KeyError:
+            return _page("Not found", "<p>There is no such connection.</p>", 404)
+        rows = []
+        for job in reversed(jobs):
+            reply = job.reply()
+            rows.append(
+                [job.job_id, job.job_type, reply["status"], reply["startTime"], reply.get("rowsSynced", "")]
+            )
+        table = _table(["job", "type", "status", "started", "rows"], rows, request.query_params.get("jobId"))
+        return _page(f"Airbyte connection {connection.name}", f"<p>Status: {connection.status}</p>{table}")
+
+    async def sync(self, request: Request) -> Response:
+        """A sync and its runs, newest first; the run in the path is marked."""
+        try:
+            sync = self.sandbox.hightouch.sync(request.path_params["sync"])
+        except KeyError:
+            return _page("Not found", "<p>There is no such sync.</p>", 404)
+        rows = [
+            [
+                run.run_id,
+                run.status,
+                iso(run.created_wall),
+                run.reply()["querySize"],
+                run.reply()["error"] or "",
+            ]
+            for run in reversed(list(sync.runs))
+        ]
+        table = _table(["run", "status", "created", "rows", "error"], rows, request.path_params.get("run"))
+        return _page(f"Hightouch sync {sync.spec.slug}", f"<p>Model: {sync.spec.table}</p>{table}")
+
+
+def _table(heads: list[str], rows: list[list[object]], marked: str | None) -> str:
+    def cells(tag: str, values: list[str] | list[object]) -> str:
+        return "".join(f"<{tag}>{escape(str(value))}</{tag}>" for value in values)
+
+    lines = [
+        f"<tr{' class=this' if marked is not None and str(row[0]) == marked else ''}>{cells('td', row)}</tr>"
+        for row in rows
+    ]
+    return f"<table><tr>{cells('th', heads)}</tr>{''.join(lines)}</table>"
+
+
+def _page(title: str, body: str, status: int = 200) -> HTMLResponse:
+    heading = escape(title)
+    return HTMLResponse(
+        f"<!doctype html><html><head><meta charset=utf-8><title>{heading}</title>"
+        f"<style>{_STYLE}</style></head>"
+        f"<body><h1>{heading}</h1>{body}</body></html>",
+        status,
+    )
