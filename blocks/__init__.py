@@ -1,1 +1,6 @@
-"""."""
+"""Prefect blocks: one per tool, with its settings, its secrets and a typed client for its API."""
+
+from blocks.airbyte import AirbyteServer
+from blocks.hightouch import HightouchCredentials
+
+__all__ = ["AirbyteServer", "HightouchCredentials"]

@@ -1,1 +1,53 @@
-"""."""
+"""What every vendor's job has in common: model, engine, watcher, journal and task runner."""
+
+from tasks.jobs.engine import cancel_job, run_job, wait_for_job
+from tasks.jobs.journal import Entry, Journal, MemoryJournal, RunJournal, read_entries
+from tasks.jobs.model import (
+    AlreadyRunning,
+    InputError,
+    JobCancelled,
+    JobError,
+    JobFailed,
+    JobHandle,
+    JobPolicy,
+    JobRequest,
+    JobResult,
+    JobState,
+    JobStatus,
+    JobTimeout,
+    JobVendor,
+)
+from tasks.jobs.quiet import without_traceback
+from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
+from tasks.jobs.watcher import JobWatcher, watcher_for
+
+__all__ = [
+    "AlreadyRunning",
+    "Entry",
+    "EventLoopTaskRunner",
+    "InputError",
+    "JobCancelled",
+    "JobError",
+    "JobFailed",
+    "JobHandle",
+    "JobPolicy",
+    "JobRequest",
+    "JobResult",
+    "JobState",
+    "JobStatus",
+    "JobTimeout",
+    "JobVendor",
+    "JobWatcher",
+    "Journal",
+    "MemoryJournal",
+    "RunJournal",
+    "at_loop_exit",
+    "cancel_job",
+    "current_interrupt",
+    "limit_concurrency",
+    "read_entries",
+    "run_job",
+    "wait_for_job",
+    "watcher_for",
+    "without_traceback",
+]

@@ -1,0 +1,194 @@
+"""Hightouch: the block with its API key, and a typed client for its API (v1).
+
+Vendor documentation: https://hightouch.com/docs/developer-tools/api-guide
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from contextlib import AbstractAsyncContextManager
+from datetime import datetime
+from typing import Any, ClassVar
+
+from prefect.blocks.core import Block
+from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, TypeAdapter, field_validator
+
+from blocks.http import ApiClient, AuthError, check_base_url, shared_client
+
+_EXAMPLE = "https://api.hightouch.com/api/v1"
+_PAGE = 100
+
+
+class Rows(BaseModel):
+    """Row counts of a run, by what is done with them."""
+
+    added: int = Field(default=0, alias="addedCount")
+    changed: int = Field(default=0, alias="changedCount")
+    removed: int = Field(default=0, alias="removedCount")
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.added + self.changed + self.removed
+
+
+class SyncRun(BaseModel):
+    """A run of a sync."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    # Text in the reply to a trigger, a number in lists of runs: always text here.
+    id: str = Field(coerce_numbers_to_str=True)
+    status: str
+    created_at: datetime = Field(alias="createdAt")
+    started_at: datetime | None = Field(default=None, alias="startedAt")
+    finished_at: datetime | None = Field(default=None, alias="finishedAt")
+    successful: Rows | None = Field(default=None, alias="successfulRows")
+    failed: Rows | None = Field(default=None, alias="failedRows")
+    error: Any = None
+
+
+class Sync(BaseModel):
+    """A sync; only what is used here."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    id: str = Field(coerce_numbers_to_str=True)
+    slug: str = ""
+    status: str | None = None
+    disabled: bool = False
+    workspace_id: str | None = Field(default=None, alias="workspaceId", coerce_numbers_to_str=True)
+    last_run_at: datetime | None = Field(default=None, alias="lastRunAt")
+    tags: dict[str, Any] | None = None
+
+    @property
+    def owner(self) -> str | None:
+        """The owner that a tag `owner` names."""
+        owner = (self.tags or {}).get("owner")
+        return owner if isinstance(owner, str) else None
+
+
+class _Triggered(BaseModel):
+    # A failed validation comes with status 200 and without an id, so the id is required here.
+    id: str = Field(coerce_numbers_to_str=True)
+
+
+class _Runs(BaseModel):
+    data: list[SyncRun]
+
+
+class _Syncs(BaseModel):
+    data: list[Sync]
+
+
+_TRIGGERED = TypeAdapter(_Triggered)
+_RUNS = TypeAdapter(_Runs)
+_SYNC = TypeAdapter(Sync)
+_SYNCS = TypeAdapter(_Syncs)
+
+
+class HightouchCredentials(Block):
+    """A Hightouch workspace's API key.
+
+    Example:
+        ```python
+        HightouchCredentials(api_key="…").save("hightouch")
+        ```
+    """
+
+    _block_type_name: ClassVar[str] = "Hightouch Credentials"
+    _block_type_slug: ClassVar[str] = "hightouch-credentials"
+    _logo_url: ClassVar[HttpUrl | None] = HttpUrl("https://hightouch.com/favicon-32x32.png")
+    _documentation_url: ClassVar[HttpUrl | None] = HttpUrl(
+        "https://hightouch.com/docs/developer-tools/api-guide"
+    )
+    _description: ClassVar[str] = "Signs in to a Hightouch workspace and runs its syncs."
+
+    api_key: SecretStr = Field(title="API key", description="Of one workspace, from Settings, API keys.")
+    base_url: str = Field(
+        default=_EXAMPLE, title="Base URL", description="Where the API is; rarely anything but the default."
+    )
+    app_url: str = Field(
+        default="https://app.hightouch.com",
+        title="App URL",
+        description="Where the web interface is, for links.",
+    )
+    requests_per_10_seconds: int = Field(
+        default=180,
+        gt=0,
+        title="Requests per 10 seconds",
+        description="An upper limit for this workspace. Hightouch allows 200.",
+    )
+
+    @field_validator("base_url", "app_url")
+    @classmethod
+    def _normalise(cls, value: str) -> str:
+        return check_base_url(value, example=_EXAMPLE)
+
+    @property
+    def account(self) -> Hashable:
+        """What makes two blocks the same account: they share a client and a watcher."""
+        return ("hightouch", self.base_url, self.api_key)
+
+    def api(self) -> AbstractAsyncContextManager[HightouchApi]:
+        """The client of this workspace on the running event loop, shared with all its other users."""
+        return shared_client(self.account, lambda: HightouchApi(self))
+
+
+class HightouchApi(ApiClient):
+    """The calls of Hightouch's API that running syncs needs."""
+
+    def __init__(self, credentials: HightouchCredentials) -> None:
+        key = credentials.api_key.get_secret_value()
+        if set(key) == {"*"}:
+            raise AuthError(
+                "Hightouch",
+                "the API key is masked",
+                guidance="Prefect stores parameters without their secrets: to retry or deploy this flow, "
+                "save the block and pass its name.",
+                sent=False,
+            )
+        self._known: dict[str, Sync] = {}
+        super().__init__(
+            "Hightouch",
+            credentials.base_url,
+            headers={"Authorization": f"Bearer {key}"},
+            rate=(credentials.requests_per_10_seconds, 10.0),
+            secrets=[key],
+        )
+
+    async def sync(self, sync_id: str, *, fresh: bool = False) -> Sync:
+        """One sync, from memory when it was seen on this client already and `fresh` is off.
+
+        Raises:
+            NotFoundError: There is none with this id.
+        """
+        if fresh or sync_id not in self._known:
+            self._known[sync_id] = await self.get(f"/syncs/{sync_id}", _SYNC)
+        return self._known[sync_id]
+
+    async def syncs(self, *, retry: bool = True) -> list[Sync]:
+        """Every sync of the workspace with its present status, a hundred per request."""
+        found: list[Sync] = []
+        while True:
+            params = {"limit": _PAGE, "offset": len(found)}
+            page = (await self.get("/syncs", _SYNCS, params, retry=retry)).data
+            found += page
+            if len(page) < _PAGE:
+                return found
+
+    async def trigger(self, sync_id: str, *, full_resync: bool = False) -> str:
+        """Start a run and return its id. Not repeated: a second request may start a second run."""
+        body = {"fullResync": full_resync}
+        return (await self.send("POST", f"/syncs/{sync_id}/trigger", _TRIGGERED, body=body)).id
+
+    async def run(self, sync_id: str, run_id: str) -> SyncRun | None:
+        """One run; None while it is not visible yet, which happens for a short time after the trigger."""
+        reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, {"runId": run_id}, retry=False)
+        return next((run for run in reply.data if run.id == run_id), None)
+
+    async def runs(self, sync_id: str, *, limit: int = 20) -> list[SyncRun]:
+        """The newest runs of a sync, newest first."""
+        # The API does not state the direction of its order, so it is made here.
+        reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, {"limit": limit, "orderBy": "createdAt"})
+        return sorted(reply.data, key=lambda run: run.created_at, reverse=True)
