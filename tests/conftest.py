@@ -1,0 +1,74 @@
+"""One real Prefect server for the whole suite, and a sandbox for each test that asks for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+# Set before prefect is imported: its settings are read once.
+_HOME = tempfile.mkdtemp(prefix="elt-flows-tests-")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+_PORT = _free_port()
+API_URL = f"http://127.0.0.1:{_PORT}/api"
+os.environ.update(
+    PREFECT_HOME=_HOME,
+    PREFECT_API_URL=API_URL,
+    PREFECT_SERVER_ANALYTICS_ENABLED="false",
+    PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="false",
+    PREFECT_LOGGING_LEVEL="INFO",
+    DO_NOT_TRACK="1",
+)
+# Without batches the server is seconds behind with the task runs of a fan-out.
+SERVER_ENV = {
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def prefect_server() -> Iterator[str]:
+    """The API's address. The ephemeral server would lose task runs and start anew for every process."""
+    log = Path(_HOME, "server.log").open("wb")  # noqa: SIM115 - closed below, with the server
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(_PORT)]
+    server = subprocess.Popen(  # noqa: S603
+        [*command, "--log-level", "WARNING"],
+        env={**os.environ, **SERVER_ENV},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        deadline = time.monotonic() + 90
+        while True:
+            if server.poll() is not None or time.monotonic() > deadline:
+                pytest.exit(f"the Prefect server did not start:\n{Path(_HOME, 'server.log').read_text()}", 3)
+            try:
+                if httpx.get(f"{API_URL}/health", timeout=2).is_success:
+                    break
+            except httpx.TransportError:
+                time.sleep(0.2)
+        yield API_URL
+    finally:
+        server.terminate()
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(5)
+        log.close()
