@@ -1,0 +1,248 @@
+"""The other side of the pipe: runs dbt in this process and tells what happens, one JSON line per event.
+
+Run as a script (`python -P child.py`), with nothing imported but the standard library and dbt. dbt's own JSON
+log would serve too, but the database's error and a node's real start and end are only in its debug stream,
+which carries every SQL statement along; a callback of dbt's public `dbtRunner` picks out the dozen events
+that matter.
+
+stdin carries one JSON line (the request) and then stays open: it is the lifeline. When the parent dies,
+however it dies, the pipe closes and dbt is interrupted, so that no orphan goes on writing to the warehouse.
+That needs no signal arithmetic, holds on every Unix, and does not mistake the end of the parent's *thread*
+for its death as PR_SET_PDEATHSIG does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+LONGEST_MESSAGE = 20_000  # characters: some databases echo the whole statement in their errors
+ORPHAN_GRACE = 4.0  # seconds that dbt has to cancel its queries once the parent is gone
+
+
+def record_of(result: Any) -> dict[str, Any]:
+    """What we keep of one of dbt's node results."""
+    node = result.node
+    response = result.adapter_response if isinstance(result.adapter_response, dict) else {}
+    message = str(result.message)[:LONGEST_MESSAGE] if result.message is not None else None
+    config = getattr(node, "config", None)
+    return {
+        "id": node.unique_id,
+        "name": node.name if str(node.resource_type) != "operation" else _hook_name(node),
+        "kind": str(node.resource_type),
+        "status": str(result.status),
+        "message": message,
+        "seconds": float(result.execution_time or 0.0),
+        "failures": result.failures if str(node.resource_type) in {"test", "unit_test"} else None,
+        "rows": rows_of(str(node.resource_type), response, message),
+        "compiled_path": getattr(node, "compiled_path", None),
+        "group": getattr(node, "group", None) or getattr(config, "group", None),
+    }
+
+
+def rows_of(kind: str, response: dict[str, Any], message: str | None) -> int | None:
+    """Rows written, if the adapter tells; for seeds dbt itself says `INSERT 16`."""
+    affected = response.get("rows_affected")
+    if isinstance(affected, (int, float)) and affected >= 0:
+        return int(affected)
+    if kind == "seed" and (found := re.fullmatch(r"[A-Z]+ (\d+)", message or "")):
+        return int(found[1])
+    return None
+
+
+def _hook_name(node: Any) -> str:
+    # The node of a hook is called like `shop-on-run-start-0`; dbt's own output says `shop.on-run-start.0`.
+    return re.sub(r"^(.*)-(on-run-(?:start|end))-(\d+)$", r"\1.\2.\3", str(node.name))
+
+
+class Reporter:
+    """Writes events as JSON lines; dbt calls it from all of its threads."""
+
+    def __init__(self, fd: int) -> None:
+        self._out = os.fdopen(fd, "wb")
+        self._lock = threading.Lock()
+
+    def send(self, **record: Any) -> None:
+        """Send one record to the parent; a parent that is gone is the lifeline's business."""
+        line = json.dumps(record, default=str).encode() + b"\n"
+        with self._lock:
+            try:
+                self._out.write(line)
+                self._out.flush()
+            except BrokenPipeError:
+                pass
+
+    def on_event(self, event: Any) -> None:
+        """Take an event of dbt's: see `dbtRunner(callbacks=[...])` in dbt's programmatic invocations."""
+        info, data = event.info, event.data
+        name = info.name
+        node: Any = getattr(data, "node_info", None)
+        if name == "NodeStart":
+            self._node("start", node)
+        elif name == "NodeFinished":
+            found = data.run_result
+            self._node(
+                "finish",
+                node,
+                status=found.status,
+                message=found.message[:LONGEST_MESSAGE] or None,
+                seconds=found.execution_time,
+                rows=rows_of(node.resource_type, dict(found.adapter_response), found.message),
+            )
+        elif name == "LogHookStartLine":
+            self._node("start", node, name=data.statement)
+        elif name == "LogHookEndLine" and data.status == "success":
+            # A failed hook's error is only in the results at the end, so it is finished there.
+            self._node(
+                "finish",
+                node,
+                name=data.statement,
+                status=data.status,
+                message=None,
+                rows=None,
+                seconds=data.execution_time,
+            )
+        elif name == "ArtifactWritten" and data.artifact_type == "WritableManifest":
+            self.send(
+                t="manifest", path=str(Path(data.artifact_path).absolute()), invocation=info.invocation_id
+            )
+        elif info.level in {"info", "warn", "error"} and info.msg.strip():
+            unique_id = node.unique_id if node is not None else ""
+            self.send(t="log", id=unique_id, name=name, level=info.level, text=info.msg[:LONGEST_MESSAGE])
+
+    def _node(self, what: str, node: Any, name: str | None = None, **more: Any) -> None:
+        self.send(
+            t=what,
+            id=node.unique_id,
+            name=name or node.node_name,
+            kind=node.resource_type,
+            hidden=node.materialized == "ephemeral",
+            **more,
+        )
+
+
+def watch_lifeline(fd: int) -> None:
+    """Interrupt dbt, then end this process group, once the parent has gone."""
+    while os.read(fd, 4096):
+        pass
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(ORPHAN_GRACE)
+    os.killpg(0, signal.SIGKILL)
+
+
+def main_message(exception: BaseException) -> str:
+    """Say in dbt's own words why it could not run."""
+    text = str(exception).strip()
+    if type(exception).__module__.startswith("dbt") and text:
+        return text
+    return f"{type(exception).__name__}: {text}" if text else type(exception).__name__
+
+
+def invoke(args: list[str], callbacks: list[Any]) -> Any:
+    """Run one dbt command without output of its own."""
+    from dbt.cli.main import dbtRunner
+
+    return dbtRunner(callbacks=callbacks).invoke([*args, "--log-level", "none", "--no-use-colors"])
+
+
+def written_out(listing: Any) -> list[str]:
+    """A selection that chooses exactly what `dbt ls --output selector` listed; empty if that is nothing."""
+    not_run = ("source:", "exposure:", "metric:", "semantic_model:")
+    chosen = [line for line in listing.result or [] if not line.startswith(not_run)]
+    return ["--indirect-selection", "empty", "--select", *chosen] if chosen else []
+
+
+def run(request: dict[str, Any], reporter: Reporter) -> None:
+    """build, run, test, seed, snapshot: events while it runs, results, the end."""
+    args: list[str] = list(request["args"])
+    if request["list_args"]:
+        listing = invoke([*request["list_args"], "--output", "selector"], [])
+        if listing.exception is not None:
+            reporter.send(t="end", success=False, error=main_message(listing.exception))
+            return
+        if not (selection := written_out(listing)):
+            reporter.send(t="end", success=True, error=None)
+            return
+        args += selection
+    outcome = invoke(args, [reporter.on_event])
+    for result in getattr(outcome.result, "results", None) or []:
+        reporter.send(t="result", **record_of(result))
+    error = main_message(outcome.exception) if outcome.exception is not None else None
+    reporter.send(t="end", success=outcome.success, error=error)
+
+
+def plan(request: dict[str, Any], reporter: Reporter) -> None:
+    """`dbt ls`: what would run, on which warehouse, and whether a DuckDB file can be written."""
+    from dbt.adapters.factory import FACTORY
+
+    keys = ["--output", "json", "--output-keys", "unique_id", "resource_type"]
+    outcome = invoke([*request["args"], *keys], [reporter.on_event])
+    if outcome.exception is not None:
+        reporter.send(t="end", success=False, error=main_message(outcome.exception))
+        return
+    nodes = [json.loads(line) for line in outcome.result or []]
+    adapter: Any = next(iter(FACTORY.adapters.values()))
+    config = adapter.config
+    credentials = config.credentials
+    path = getattr(credentials, "path", None) if credentials.type == "duckdb" else None
+    reporter.send(
+        t="plan",
+        nodes=nodes,
+        adapter=credentials.type,
+        target=config.target_name,
+        locked=lock_of(path, float(request["lock_wait"])) if path else None,
+    )
+    reporter.send(t="end", success=True, error=None)
+
+
+def lock_of(path: str, patience: float) -> str | None:
+    """DuckDB's message if another process holds the file, else None.
+
+    Opened from this process and not from the flow's: POSIX locks are per process, so that closing a second
+    connection there would drop the locks of the first.
+    """
+    if ":" in path or not Path(path).exists():  # :memory:, md:, s3://
+        return None
+    import duckdb
+
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            duckdb.connect(path).close()
+        except duckdb.IOException as error:
+            if "lock" not in str(error).lower():
+                return None
+            if time.monotonic() > deadline:
+                return str(error)
+            time.sleep(0.2)
+        else:
+            return None
+
+
+def main() -> None:
+    """Read the request, hold on to the lifeline, run."""
+    # A shell that starts a job in the background has it ignore SIGINT, and we would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    reporter = Reporter(os.dup(1))
+    os.dup2(2, 1)  # whatever a Python model or an adapter prints must not land between our lines
+    lifeline = os.dup(0)
+    text = b""
+    while not text.endswith(b"\n"):
+        if not (piece := os.read(0, 65536)):
+            return
+        text += piece
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - a file descriptor is wanted, not a path
+        os.dup2(nothing.fileno(), 0)
+    threading.Thread(target=watch_lifeline, args=(lifeline,), daemon=True).start()
+    request = json.loads(text)
+    (plan if request["mode"] == "plan" else run)(request, reporter)
+
+
+if __name__ == "__main__":
+    main()
