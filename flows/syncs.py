@@ -1,0 +1,67 @@
+"""Sync many connections at the same time, without a transform.
+
+For when the warehouse is built elsewhere, or for an extra load by hand. Its blocks: an Airbyte Server per
+server that the connections are on.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+from prefect import flow
+from pydantic import Field
+
+from flows.fan_out import (
+    KNOWN_ERRORS,
+    check_syncs,
+    checked_syncs,
+    conclude,
+    final_state,
+    publish,
+    refuse,
+    run_syncs,
+    steps_of,
+)
+from flows.report import SyncReport
+from flows.rules import AllowFailure, check_rule
+from tasks.airbyte import AirbyteSync
+from tasks.cancellation import cancel_open_jobs
+from tasks.jobs import EventLoopTaskRunner, limit_concurrency
+
+
+@flow(name="sync-connections", task_runner=EventLoopTaskRunner(), on_cancellation=[cancel_open_jobs])
+def sync_connections(
+    syncs: list[AirbyteSync],
+    max_concurrency: int = Field(default=100, ge=1),
+    allow_failure: AllowFailure = "none",
+) -> SyncReport:
+    """Sync connections, each as a task run of its own; one that fails stops none of the others.
+
+    Safe to retry: a sync that succeeded is not started again, one that is running is attached to.
+
+    Args:
+        syncs: The connections, each with its server, owner and policy.
+        max_concurrency: How many may run at the same time.
+        allow_failure: How much failure the run may bear: `none`, `any`, `{"at_most": n}` or
+            `{"required": [ids or names]}`. Only the final state depends on it: all connections are synced.
+
+    Returns:
+        One outcome per connection. The run is Completed if all succeeded, and PartiallyRefreshed (a
+        Completed state) if the rule bears what failed.
+
+    Raises:
+        RunFailed: Something failed that the rule does not bear; `.report` has every outcome.
+        InputError, BlockNotFound, VendorError: What was asked for can't be run. Nothing was started.
+    """
+    limit_concurrency(max_concurrency)
+    began = datetime.now(UTC)
+    try:
+        check_rule(allow_failure, ((sync.connection_id, sync.name) for sync in syncs))
+        checked = checked_syncs(check_syncs(syncs), allow_failure)
+    except KNOWN_ERRORS as error:
+        return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
+    outcomes = run_syncs(checked)
+    report = SyncReport(outcomes=outcomes, steps=steps_of(outcomes))
+    report = conclude(report, allow_failure, began=began)
+    publish(report, "sync-report")
+    return final_state(report)  # type: ignore[no-any-return]

@@ -1,0 +1,81 @@
+"""What happens to the vendors' jobs when a flow run is cancelled and its process can't see to it itself."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from prefect import Flow
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.logging.loggers import flow_run_logger
+
+from blocks.airbyte import AirbyteServer
+from blocks.hightouch import HightouchCredentials
+from blocks.reference import load_block
+from tasks.airbyte import AirbyteVendor
+from tasks.hightouch import HightouchVendor
+from tasks.jobs import Entry, JobRequest, JobResult, JobState, JobVendor, RunJournal, cancel_job
+
+
+async def _airbyte(block: str) -> JobVendor[Any]:
+    return AirbyteVendor(await load_block(AirbyteServer, block))
+
+
+async def _hightouch(block: str) -> JobVendor[Any]:
+    return HightouchVendor(await load_block(HightouchCredentials, block))
+
+
+_VENDORS: dict[str, Callable[[str], Awaitable[JobVendor[Any]]]] = {
+    "airbyte": _airbyte,
+    "hightouch": _hightouch,
+}
+
+
+async def cancel_open_jobs(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """An `on_cancellation` hook: cancel at the vendors what this run has started and not seen the end of.
+
+    The flow's own process does that first, when it is still there. This runs in the worker's process after
+    it, knows only the flow run's id, and acts by the journal. It is not for `on_crashed`: after a crash the
+    jobs go on, and the next attempt attaches to them.
+    """
+    log = flow_run_logger(flow_run, flow)
+    journal = RunJournal(flow_run.id, None)
+    for entry in await journal.entries():
+        if not entry.open:
+            continue
+        outcome = await _cancel(entry)
+        log.warning("%s %s: %s", entry.vendor, entry.name, outcome)
+        job = entry.handle
+        result = JobResult(
+            vendor=entry.vendor,
+            resource_id=entry.resource_id,
+            name=entry.name,
+            job_id=job.job_id if job else None,
+            url=job.url if job else None,
+            state=JobState.CANCELLED,
+            message=f"the run was cancelled; {outcome}",
+        )
+        await journal.record(entry.model_copy(update={"result": result}))
+
+
+async def _cancel(entry: Entry) -> str:
+    if entry.block is None or entry.vendor not in _VENDORS:
+        return "its credentials are in no saved block, so nobody but its own process could cancel it"
+    vendor = await _VENDORS[entry.vendor](entry.block)
+    async with vendor.session():
+        handle = entry.handle or await vendor.find(_request(entry), entry.marker, entry.since, entry.known)
+        return await cancel_job(vendor, handle) if handle else "no job was started"
+
+
+class _Request:
+    """As much of a request as the journal keeps."""
+
+    def __init__(self, entry: Entry) -> None:
+        self.resource_id = entry.resource_id
+        self.operation = entry.key.split(":")[1]
+        self.name = entry.name
+        self.owner = None
+
+
+def _request(entry: Entry) -> JobRequest:
+    return _Request(entry)
