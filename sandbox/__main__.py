@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+from sandbox.demo import add_commands
 from sandbox.guide import guide
 from sandbox.server import Sandbox
 
@@ -17,6 +18,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sandbox", description="The rehearsal stage on loopback.")
     commands = parser.add_subparsers(dest="command", required=True)
     _add_serve(commands)
+    add_commands(commands)
     args = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["serve"])
     code: int = args.run(args)
     return code

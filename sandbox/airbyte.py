@@ -19,13 +19,23 @@ import duckdb
 from pydantic import BaseModel, ConfigDict, Field
 
 from sandbox import catalog
-from sandbox.timeline import FOREVER, AirbyteOutcome, ConnectionBehaviour, Phase, Timeline, Work, iso
+from sandbox.timeline import (
+    FOREVER,
+    LONG,
+    STOP_WITHIN,
+    AirbyteOutcome,
+    ConnectionBehaviour,
+    Phase,
+    Timeline,
+    Work,
+    Workers,
+    iso,
+)
 from sandbox.warehouse import Interrupted, Warehouse, WarehouseLocked
 
 JobType = Literal["sync", "reset", "clear"]
 ConnectionStatus = Literal["active", "inactive", "deprecated", "locked"]
 _BYTES_PER_ROW = 120  # of a synthetic connection
-_LONG = 1e6  # seconds; a wait for ever must be a finite number
 
 
 class AirbyteSettings(BaseModel):
@@ -164,6 +174,7 @@ class Airbyte:
         self.token_requests = 0
         self._tokens: dict[str, float] = {}
         self._next_job = 1001
+        self._workers = Workers()
         for spec in catalog.CONNECTIONS:
             self.connections[spec.connection_id] = Connection(
                 connection_id=spec.connection_id,
@@ -243,11 +254,12 @@ class Airbyte:
         self.jobs[job_id].timeline.finish(word)
 
     def stop(self) -> None:
-        """Tell all loading threads to give up; nothing is waited for."""
+        """Tell all loading threads to give up, and give them a moment to do so."""
         with self.lock:
             for job in self.jobs.values():
                 if job.timeline.work is not None:
                     job.timeline.work.cancelled.set()
+        self._workers.join(STOP_WITHIN)
 
     # -- tokens --
 
@@ -302,9 +314,7 @@ class Airbyte:
             connection.latest = job
         work = job.timeline.work
         if work is not None and connection.stream is not None:
-            name = f"sandbox-job-{job.job_id}"
-            args = (job, connection.stream, work)
-            threading.Thread(target=self._work, name=name, args=args, daemon=True).start()
+            self._workers.start(f"sandbox-job-{job.job_id}", self._work, job, connection.stream, work)
         return job
 
     def _new_job(self, connection: Connection, job_type: JobType) -> Job:
@@ -334,13 +344,13 @@ class Airbyte:
         timeline = job.timeline
         waiting = sum(phase.seconds for phase in timeline.phases if phase.word in ("pending", "queued"))
         try:
-            if work.cancelled.wait(min(_LONG, waiting)):
+            if work.cancelled.wait(min(LONG, waiting)):
                 return
             if job.job_type != "sync":
                 self.warehouse.clear(stream, work.cancelled)
             else:
                 work.rows, work.size = self.warehouse.stage(stream, job.job_id, work.cancelled)
-                if work.cancelled.wait(min(_LONG, max(0.0, timeline.planned_end - time.monotonic()))):
+                if work.cancelled.wait(min(LONG, max(0.0, timeline.planned_end - time.monotonic()))):
                     self.warehouse.discard(stream)
                     return
                 self.warehouse.publish(stream, work.cancelled)

@@ -15,7 +15,18 @@ import duckdb
 from pydantic import BaseModel, ConfigDict, Field
 
 from sandbox import catalog
-from sandbox.timeline import FOREVER, HightouchOutcome, Phase, SyncBehaviour, Timeline, Work, iso
+from sandbox.timeline import (
+    FOREVER,
+    LONG,
+    STOP_WITHIN,
+    HightouchOutcome,
+    Phase,
+    SyncBehaviour,
+    Timeline,
+    Work,
+    Workers,
+    iso,
+)
 from sandbox.warehouse import Interrupted, Warehouse, WarehouseLocked
 
 _END_WORDS: dict[HightouchOutcome, str] = {
@@ -24,7 +35,6 @@ _END_WORDS: dict[HightouchOutcome, str] = {
     "cancel": "cancelled",
     "interrupt": "interrupted",
 }
-_LONG = 1e6  # seconds; a wait for ever must be a finite number
 
 
 class HightouchSettings(BaseModel):
@@ -166,6 +176,7 @@ class Hightouch:
         self.syncs = {spec.sync_id: Sync(spec, behaviour.model_copy()) for spec in catalog.SYNCS}
         self._next_run = 6134
         self._stopping = threading.Event()
+        self._workers = Workers()
 
     def sync(self, key: int | str) -> Sync:
         """A sync by its id (number or digits) or its slug.
@@ -218,8 +229,7 @@ class Hightouch:
             if previous is None:
                 run.timeline = _course(behaviour, run)
             sync.runs.append(run)
-        args = (sync, run, previous, behaviour)
-        threading.Thread(target=self._work, name=f"sandbox-run-{run.run_id}", args=args, daemon=True).start()
+        self._workers.start(f"sandbox-run-{run.run_id}", self._work, sync, run, previous, behaviour)
         return run
 
     def finish_run(self, run_id: int, word: Literal["failed", "cancelled", "interrupted"]) -> None:
@@ -229,12 +239,13 @@ class Hightouch:
             run.timeline.finish(word)
 
     def stop(self) -> None:
-        """Tell all counting threads to give up; nothing is waited for."""
+        """Tell all counting threads to give up, and give them a moment to do so."""
         self._stopping.set()
         with self.lock:
             for sync in self.syncs.values():
                 for run in sync.runs:
                     run.work.cancelled.set()
+        self._workers.join(STOP_WITHIN)
 
     def _new_run(self, sync: Sync) -> Run:
         behaviour = sync.behaviour
@@ -260,7 +271,7 @@ class Hightouch:
             run.timeline = _course(behaviour, run)
         work = run.work
         try:
-            if work.cancelled.wait(min(_LONG, run.timeline.phases[0].seconds)):
+            if work.cancelled.wait(min(LONG, run.timeline.phases[0].seconds)):
                 return
             rows = self.warehouse.count(sync.spec.table, work.cancelled)
             if rows is None:

@@ -141,11 +141,11 @@ class Sandbox:
         """Stop serving; connections are cut, jobs that still run are forgotten, nothing is waited for."""
         if self._thread is None or self._loop is None or self._stopping is None:
             return
-        self.airbyte.stop()
-        self.hightouch.stop()
         self._loop.call_soon_threadsafe(self._stopping.set)
         self._thread.join()
         self._thread = None
+        self.airbyte.stop()
+        self.hightouch.stop()
 
     def __enter__(self) -> Self:
         return self.start()

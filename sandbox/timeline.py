@@ -7,14 +7,17 @@ thousand waiting jobs cost nothing.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from threading import Event
+from threading import Event, Thread
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
 FOREVER = float("inf")
+LONG = 1e6  # seconds; to wait for ever in a thread takes a finite number
+STOP_WITHIN = 0.1  # seconds that threads get to give up when the sandbox stops
 AirbyteOutcome = Literal[
     "succeed", "fail", "cancel", "incomplete_then_succeed", "stuck", "zero_rows", "unknown_word"
 ]
@@ -74,6 +77,26 @@ class Work:
     rows: int = 0
     size: int = 0
     error: str | None = None
+
+
+class Workers:
+    """The threads that do the real work of jobs; they never keep the process alive."""
+
+    def __init__(self) -> None:
+        self._threads: set[Thread] = set()
+
+    def start(self, name: str, function: Callable[..., None], *args: object) -> None:
+        """Run a function in a thread of its own."""
+        self._threads = {thread for thread in self._threads if thread.is_alive()}
+        thread = Thread(target=function, name=name, args=args, daemon=True)
+        self._threads.add(thread)
+        thread.start()
+
+    def join(self, seconds: float) -> None:
+        """Give the threads, told to stop, this long in all to do so."""
+        deadline = time.monotonic() + seconds
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
 
 
 @dataclass(slots=True)
