@@ -174,7 +174,7 @@ class Airbyte:
         self.token_requests = 0
         self._tokens: dict[str, float] = {}
         self._next_job = 1001
-        self._workers = Workers()
+        self._workers = Workers(self._cancel_work)
         for spec in catalog.CONNECTIONS:
             self.connections[spec.connection_id] = Connection(
                 connection_id=spec.connection_id,
@@ -255,11 +255,13 @@ class Airbyte:
 
     def stop(self) -> None:
         """Tell all loading threads to give up, and give them a moment to do so."""
+        self._workers.stop(STOP_WITHIN)
+
+    def _cancel_work(self) -> None:
         with self.lock:
             for job in self.jobs.values():
                 if job.timeline.work is not None:
                     job.timeline.work.cancelled.set()
-        self._workers.join(STOP_WITHIN)
 
     # -- tokens --
 

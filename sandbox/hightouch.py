@@ -176,7 +176,7 @@ class Hightouch:
         self.syncs = {spec.sync_id: Sync(spec, behaviour.model_copy()) for spec in catalog.SYNCS}
         self._next_run = 6134
         self._stopping = threading.Event()
-        self._workers = Workers()
+        self._workers = Workers(self._cancel_work)
 
     def sync(self, key: int | str) -> Sync:
         """A sync by its id (number or digits) or its slug.
@@ -240,12 +240,14 @@ class Hightouch:
 
     def stop(self) -> None:
         """Tell all counting threads to give up, and give them a moment to do so."""
+        self._workers.stop(STOP_WITHIN)
+
+    def _cancel_work(self) -> None:
         self._stopping.set()
         with self.lock:
             for sync in self.syncs.values():
                 for run in sync.runs:
                     run.work.cancelled.set()
-        self._workers.join(STOP_WITHIN)
 
     def _new_run(self, sync: Sync) -> Run:
         behaviour = sync.behaviour

@@ -6,18 +6,21 @@ thousand waiting jobs cost nothing.
 
 from __future__ import annotations
 
+import atexit
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from threading import Event, Thread
 from typing import Any, Literal, Self
+from weakref import WeakSet
 
 from pydantic import BaseModel, ConfigDict, Field
 
 FOREVER = float("inf")
 LONG = 1e6  # seconds; to wait for ever in a thread takes a finite number
 STOP_WITHIN = 0.1  # seconds that threads get to give up when the sandbox stops
+EXIT_WITHIN = 10.0  # the same when the interpreter exits
 AirbyteOutcome = Literal[
     "succeed", "fail", "cancel", "incomplete_then_succeed", "stuck", "zero_rows", "unknown_word"
 ]
@@ -80,10 +83,19 @@ class Work:
 
 
 class Workers:
-    """The threads that do the real work of jobs; they never keep the process alive."""
+    """The threads that do the real work of jobs.
 
-    def __init__(self) -> None:
+    They are daemons, so a forgotten sandbox keeps no process alive. But a daemon thread that is inside DuckDB
+    while the interpreter goes away aborts the process: so at exit all are told to stop and waited for.
+
+    Args:
+        tell: tells all threads to give up.
+    """
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
         self._threads: set[Thread] = set()
+        _all_workers.add(self)
 
     def start(self, name: str, function: Callable[..., None], *args: object) -> None:
         """Run a function in a thread of its own."""
@@ -92,11 +104,21 @@ class Workers:
         self._threads.add(thread)
         thread.start()
 
-    def join(self, seconds: float) -> None:
-        """Give the threads, told to stop, this long in all to do so."""
-        deadline = time.monotonic() + seconds
+    def stop(self, within: float) -> None:
+        """Tell the threads to give up, and give them so many seconds in all to do it."""
+        self._tell()
+        deadline = time.monotonic() + within
         for thread in self._threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+
+
+_all_workers: WeakSet[Workers] = WeakSet()
+
+
+@atexit.register
+def _stop_all_workers() -> None:
+    for workers in list(_all_workers):
+        workers.stop(EXIT_WITHIN)
 
 
 @dataclass(slots=True)

@@ -18,7 +18,7 @@ from typing import Any
 import duckdb
 import httpx
 import pytest
-from sandbox_fixtures import IDS, airbyte, box, control, hightouch, job_id, sources, start, until
+from sandbox_fixtures import IDS, airbyte, box, control, hightouch, job_id, new_token, sources, start, until
 
 from sandbox import Sandbox, catalog
 
@@ -417,15 +417,20 @@ def served(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_command_serves_until_interrupted(served: subprocess.Popen[str]) -> None:
-    """`python -m sandbox serve` prints what is there, serves it, and ends with 0 on Ctrl-C."""
-    assert served.stdout is not None
+def printed(process: subprocess.Popen[str]) -> str:
+    """What the command prints until it serves."""
+    assert process.stdout is not None
     lines: list[str] = []
-    for line in served.stdout:
+    for line in process.stdout:
         lines.append(line)
         if line.startswith("Ctrl-C"):
             break
-    text = "".join(lines)
+    return "".join(lines)
+
+
+def test_command_serves_until_interrupted(served: subprocess.Popen[str]) -> None:
+    """`python -m sandbox serve` prints what is there, serves it, and ends with 0 on Ctrl-C."""
+    text = printed(served)
     for name, connection_id in IDS.items():
         assert re.search(rf"{name} +{connection_id}", text)
     assert catalog.CLIENT_SECRET in text
@@ -436,6 +441,19 @@ def test_command_serves_until_interrupted(served: subprocess.Popen[str]) -> None
     served.send_signal(signal.SIGINT)
     rest, errors = served.communicate(timeout=5)
     assert (served.returncode, rest.strip(), errors) == (0, "The sandbox has stopped.", "")
+
+
+def test_command_ends_well_in_mid_load(served: subprocess.Popen[str]) -> None:
+    """Ctrl-C while DuckDB is loading ends the process with 0 too; it used to abort it."""
+    base = re.search(r"base URL +(\S+/api/public/v1)", printed(served))
+    assert base is not None
+    with httpx.Client(base_url=base[1]) as client:
+        client.headers["authorization"] = f"Bearer {new_token(client)}"
+        job_id(client, "flights")
+    time.sleep(0.9)
+    served.send_signal(signal.SIGINT)
+    _, errors = served.communicate(timeout=10)
+    assert (served.returncode, errors) == (0, "")
 
 
 def test_examples_of_the_guide_work_as_printed(box: Sandbox) -> None:
