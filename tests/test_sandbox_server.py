@@ -392,7 +392,9 @@ def test_links_to_jobs_lead_somewhere(box: Sandbox, airbyte: httpx.Client, hight
             f"/workspaces/{catalog.WORKSPACE_ID}/connections/{IDS['airlines']}/timeline?jobId={job}"
         )
         assert f"<tr class=this><td>{job}</td>" in shown.text
+        seen = len(box.requests)
         assert run in client.get(f"/hightouch/sandbox/syncs/101/runs/{run}").text
+        assert len(box.requests) == seen, "a person's look at a page is no request to the vendor"
         assert client.get(f"/workspaces/x/connections/{IDS['airlines'][:-1]}9").status_code == 404
         assert IDS["weather"] in client.get("/").text
         assert "<html>" in client.get("/", headers={"accept": "text/html"}).text
