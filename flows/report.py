@@ -282,14 +282,13 @@ def _held_nodes(held: dict[str, str]) -> str:
     by_reason: dict[str, list[str]] = {}
     for name, reason in held.items():
         by_reason.setdefault(reason, []).append(name)
-    lines = [
-        f"- {reason}: {', '.join(f'`{name}`' for name in sorted(names))}"
-        for reason, names in by_reason.items()
-    ]
+    lines = ["## dbt nodes that were not built", ""]
+    for reason, names in by_reason.items():
+        lines.append(f"- {reason}: " + ", ".join(f"`{name}`" for name in sorted(names)))
     return "\n".join(lines)
 
 
-# -- messages -------------------------------------------------------------------------------------------------
+# -- messages ------------------------------------------------------------------------------------------
 
 
 class Message(BaseModel):

@@ -269,6 +269,10 @@ class JobError(Exception):
     def __str__(self) -> str:
         return self.result.sentence()
 
+    def __repr__(self) -> str:
+        # Prefect logs exceptions by their repr; thirteen fields of a result are no reading matter.
+        return f"{type(self).__name__}: {self}"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return (type(self), (self.result,))
 
