@@ -1,0 +1,50 @@
+# What people type. Everything runs in .venv, with the versions of constraints.txt.
+#
+#   make demo [FAIL=weather] [RESUME=1]   the main job once, on real flights
+#   make ui                               the Prefect UI and the sandbox, until Ctrl-C
+#   make test [ARGS="-k journal"]         the tests
+#   make lint types check bench
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+STATE ?= .sandbox
+
+.PHONY: setup demo ui test lint types check bench clean
+
+setup: $(READY)
+
+# uv is ten times faster than pip; pip does as well where uv can't reach the index.
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"elt-flows needs Python 3.11, 3.12 or 3.13; {sys.executable} is {v[0]}.{v[1]}. Say which: make PYTHON=python3.12 ...")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (once)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv || true
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' 2>/dev/null \
+	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(READY)
+	@$(BIN)/python -m sandbox demo --state $(STATE) $(foreach name,$(FAIL),--fail $(name)) $(if $(RESUME),--resume)
+
+ui: $(READY)
+	@$(BIN)/python -m sandbox ui --state $(STATE)
+
+test: $(READY)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+types: $(READY)
+	@$(BIN)/mypy
+
+check: lint types test
+
+bench: $(READY)
+	@$(BIN)/python -m bench $(ARGS)
+
+clean:
+	rm -rf $(VENV) $(STATE)
