@@ -144,13 +144,17 @@ class Warehouse:
         deadline = time.monotonic() + self.patience
         while True:
             try:
-                return duckdb.connect(str(self.path))
+                db = duckdb.connect(str(self.path))
             # IOException: another process has it. ConnectionException: this process has it open otherwise.
             except (duckdb.IOException, duckdb.ConnectionException) as exc:
                 if time.monotonic() >= deadline:
                     raise WarehouseLocked(
                         f"{self.path} stayed locked for {self.patience:g} s: {exc}"
                     ) from exc
+            else:
+                # Drawn into whatever terminal the process has, also when that shows something else.
+                db.execute("SET enable_progress_bar = false")
+                return db
             if stop.wait(_RETRY_EVERY):
                 raise Interrupted
 
