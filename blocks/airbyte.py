@@ -11,9 +11,9 @@ import binascii
 import json
 import time
 from collections.abc import AsyncIterator, Hashable
-from contextlib import AbstractAsyncContextManager
+from contextlib import AbstractAsyncContextManager, suppress
 from datetime import datetime, timedelta
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import httpx
 from prefect.blocks.core import Block
@@ -24,14 +24,17 @@ from pydantic import (
     HttpUrl,
     SecretStr,
     TypeAdapter,
+    ValidationError,
     field_validator,
     model_validator,
 )
 
-from blocks.http import ApiClient, AuthError, TokenAuth, check_base_url, shared_client
+from blocks.fields import MASKED_GUIDANCE, check_base_url, clean_secret, is_masked
+from blocks.http import ApiClient, AuthError, TokenAuth, shared_client
 
 _EXAMPLE = "https://api.airbyte.com/v1 or http://localhost:8000/api/public/v1"
 _PAGE = 100  # the API's own limit
+_NEWEST_FIRST = "createdAt|DESC"  # must be said: left out, the API answers with the oldest
 _TOKEN_LIFETIME = 150.0  # where neither `expires_in` nor the JWT says: Cloud's oldest figure is 180 s
 
 
@@ -105,7 +108,16 @@ class Job(BaseModel):
 
 
 class _Jobs(BaseModel):
-    data: list[Job]
+    # Any: one job that is not what the API promises must not hide the other ninety-nine.
+    data: list[Any]
+
+    @property
+    def readable(self) -> list[Job]:
+        found: list[Job] = []
+        for item in self.data:
+            with suppress(ValidationError):
+                found.append(Job.model_validate(item))
+        return found
 
 
 class _Connections(BaseModel):
@@ -140,6 +152,9 @@ class AirbyteServer(Block):
         "https://reference.airbyte.com/reference/getting-started"
     )
     _description: ClassVar[str] = "Signs in to Airbyte Cloud or a self-managed Airbyte and runs its jobs."
+
+    # pydantic's errors quote what they were given, and that may be a secret in the wrong field.
+    model_config = ConfigDict(hide_input_in_errors=True)
 
     base_url: str = Field(
         default="https://api.airbyte.com/v1",
@@ -178,6 +193,16 @@ class AirbyteServer(Block):
     def _normalise(cls, value: str) -> str:
         return public_api_url(value)
 
+    @field_validator("client_id")
+    @classmethod
+    def _strip(cls, value: str | None) -> str | None:
+        return (value or "").strip() or None
+
+    @field_validator("client_secret", "token")
+    @classmethod
+    def _clean(cls, value: SecretStr | None) -> SecretStr | None:
+        return clean_secret(value) if value else None  # a form sends an empty field as an empty text
+
     @model_validator(mode="after")
     def _one_way_in(self) -> AirbyteServer:
         if (self.client_id is None) != (self.client_secret is None):
@@ -204,8 +229,10 @@ class AirbyteServer(Block):
             "airbyte",
             self.base_url,
             self.client_id,
-            self.username,
+            self.client_secret,
             self.token,
+            self.username,
+            self.password,
             tuple(self.workspace_ids),
         )
 
@@ -247,7 +274,9 @@ class AirbyteApi(ApiClient):
     def __init__(self, server: AirbyteServer) -> None:
         self._workspaces = list(server.workspace_ids)
         self._known: dict[str, Connection] = {}
-        secrets = [s.get_secret_value() for s in (server.client_secret, server.token, server.password) if s]
+        given = [secret for secret in (server.client_secret, server.token, server.password) if secret]
+        if any(map(is_masked, given)):
+            raise AuthError("Airbyte", "the server's secret is masked", guidance=MASKED_GUIDANCE, sent=False)
         super().__init__(
             "Airbyte",
             server.base_url,
@@ -255,7 +284,7 @@ class AirbyteApi(ApiClient):
             rate=(max(1.0, server.requests_per_second), max(1.0, 1 / server.requests_per_second))
             if server.requests_per_second
             else None,
-            secrets=secrets,
+            secrets=[secret.get_secret_value() for secret in given],
         )
 
     async def connections(self) -> list[Connection]:
@@ -287,8 +316,8 @@ class AirbyteApi(ApiClient):
         """Read the connection anew when it is asked for next: what was known of it has proved wrong."""
         self._known.pop(connection_id, None)
 
-    async def create_job(self, connection_id: str, job_type: Literal["sync", "reset", "clear"]) -> Job:
-        """Start a job. Not repeated: the API has no idempotency key.
+    async def create_job(self, connection_id: str, job_type: str) -> Job:
+        """Start a job: `sync`, `reset` or `clear`. Not repeated: the API has no idempotency key.
 
         Raises:
             ConflictError: A job is running, or the connection's state forbids it.
@@ -302,35 +331,24 @@ class AirbyteApi(ApiClient):
         """One job."""
         return await self.get(f"/jobs/{job_id}", _JOB, retry=retry)
 
-    async def jobs(
-        self,
-        *,
-        connection_id: str | None = None,
-        created_from: datetime | None = None,
-        job_type: str | None = None,
-        limit: int = _PAGE,
-        offset: int = 0,
-        retry: bool = True,
-    ) -> list[Job]:
-        """A page of jobs, newest first."""
-        # The order must be said: left out, the API answers with the oldest.
-        params: dict[str, Any] = {"limit": limit, "offset": offset, "orderBy": "createdAt|DESC"}
-        if connection_id:
-            params["connectionId"] = connection_id
-        elif self._workspaces:
-            params["workspaceIds"] = ",".join(self._workspaces)
-        if created_from:
-            params["createdAtStart"] = created_from.strftime("%Y-%m-%dT%H:%M:%SZ")
-        if job_type:
-            params["jobType"] = job_type
-        return (await self.get("/jobs", _JOBS, params, retry=retry)).data
+    async def newest_jobs(self, connection_id: str) -> list[Job]:
+        """The newest jobs of a connection, newest first."""
+        params = {"connectionId": connection_id, "limit": 20, "orderBy": _NEWEST_FIRST}
+        return (await self.get("/jobs", _JOBS, params)).readable
 
-    async def newest_jobs(self, created_from: datetime, *, pages: int) -> AsyncIterator[list[Job]]:
-        """Pages of jobs created since a time, newest first, at most so many pages."""
+    async def jobs_since(self, created: datetime, *, pages: int) -> AsyncIterator[list[Job]]:
+        """Pages of all jobs that were created since a time, newest first, at most so many pages."""
+        params: dict[str, Any] = {
+            "limit": _PAGE,
+            "orderBy": _NEWEST_FIRST,
+            "createdAtStart": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        }
+        if self._workspaces:
+            params["workspaceIds"] = ",".join(self._workspaces)
         for page in range(pages):
-            jobs = await self.jobs(created_from=created_from, offset=page * _PAGE, retry=False)
-            yield jobs
-            if len(jobs) < _PAGE:
+            reply = await self.get("/jobs", _JOBS, {**params, "offset": page * _PAGE}, retry=False)
+            yield reply.readable
+            if len(reply.data) < _PAGE:
                 return
 
     async def cancel_job(self, job_id: str) -> None:
@@ -339,8 +357,8 @@ class AirbyteApi(ApiClient):
 
 
 def _auth(server: AirbyteServer) -> httpx.Auth | None:
-    if server.client_id and server.client_secret:
-        return TokenAuth("Airbyte", lambda: _token_request(server), _read_token)
+    if server.client_id and (secret := server.client_secret):
+        return TokenAuth("Airbyte", lambda: _token_request(server, secret), _read_token)
     if server.token:
         return _Bearer(server.token.get_secret_value())
     if server.username and server.password:
@@ -357,22 +375,14 @@ class _Bearer(httpx.Auth):
         yield request
 
 
-def _token_request(server: AirbyteServer) -> httpx.Request:
-    if server.client_secret is None or set(server.client_secret.get_secret_value()) == {"*"}:
-        raise AuthError(
-            "Airbyte",
-            "the client secret is masked",
-            guidance="Prefect stores parameters without their secrets: to retry or deploy this flow, "
-            "save the block and pass its name.",
-            sent=False,
-        )
+def _token_request(server: AirbyteServer, secret: SecretStr) -> httpx.Request:
     return httpx.Request(
         "POST",
         f"{server.base_url}/applications/token",
         # The API's own file names the property both ways; servers differ in which one they read.
         json={
             "client_id": server.client_id,
-            "client_secret": server.client_secret.get_secret_value(),
+            "client_secret": secret.get_secret_value(),
             "grant_type": "client_credentials",
             "grant-type": "client_credentials",
         },

@@ -13,7 +13,8 @@ from typing import Any, ClassVar
 from prefect.blocks.core import Block
 from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, TypeAdapter, field_validator
 
-from blocks.http import ApiClient, AuthError, check_base_url, shared_client
+from blocks.fields import MASKED_GUIDANCE, check_base_url, clean_secret, is_masked
+from blocks.http import ApiClient, AuthError, BadReply, VendorError, shared_client
 
 _EXAMPLE = "https://api.hightouch.com/api/v1"
 _PAGE = 100
@@ -22,14 +23,14 @@ _PAGE = 100
 class Rows(BaseModel):
     """Row counts of a run, by what is done with them."""
 
-    added: int = Field(default=0, alias="addedCount")
-    changed: int = Field(default=0, alias="changedCount")
-    removed: int = Field(default=0, alias="removedCount")
+    added: int | None = Field(default=None, alias="addedCount")
+    changed: int | None = Field(default=None, alias="changedCount")
+    removed: int | None = Field(default=None, alias="removedCount")
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.added + self.changed + self.removed
+        return (self.added or 0) + (self.changed or 0) + (self.removed or 0)
 
 
 class SyncRun(BaseModel):
@@ -104,6 +105,9 @@ class HightouchCredentials(Block):
     )
     _description: ClassVar[str] = "Signs in to a Hightouch workspace and runs its syncs."
 
+    # pydantic's errors quote what they were given, and that may be the key in the wrong field.
+    model_config = ConfigDict(hide_input_in_errors=True)
+
     api_key: SecretStr = Field(title="API key", description="Of one workspace, from Settings, API keys.")
     base_url: str = Field(
         default=_EXAMPLE, title="Base URL", description="Where the API is; rarely anything but the default."
@@ -125,6 +129,11 @@ class HightouchCredentials(Block):
     def _normalise(cls, value: str) -> str:
         return check_base_url(value, example=_EXAMPLE)
 
+    @field_validator("api_key")
+    @classmethod
+    def _clean(cls, value: SecretStr) -> SecretStr:
+        return clean_secret(value)
+
     @property
     def account(self) -> Hashable:
         """What makes two blocks the same account: they share a client and a watcher."""
@@ -139,15 +148,9 @@ class HightouchApi(ApiClient):
     """The calls of Hightouch's API that running syncs needs."""
 
     def __init__(self, credentials: HightouchCredentials) -> None:
+        if is_masked(credentials.api_key):
+            raise AuthError("Hightouch", "the API key is masked", guidance=MASKED_GUIDANCE, sent=False)
         key = credentials.api_key.get_secret_value()
-        if set(key) == {"*"}:
-            raise AuthError(
-                "Hightouch",
-                "the API key is masked",
-                guidance="Prefect stores parameters without their secrets: to retry or deploy this flow, "
-                "save the block and pass its name.",
-                sent=False,
-            )
         self._known: dict[str, Sync] = {}
         super().__init__(
             "Hightouch",
@@ -178,9 +181,28 @@ class HightouchApi(ApiClient):
                 return found
 
     async def trigger(self, sync_id: str, *, full_resync: bool = False) -> str:
-        """Start a run and return its id. Not repeated: a second request may start a second run."""
+        """Start a run and return its id. Not repeated: a second request may start a second run.
+
+        Raises:
+            VendorError: `sent` says whether a run may have been started.
+        """
         body = {"fullResync": full_resync}
-        return (await self.send("POST", f"/syncs/{sync_id}/trigger", _TRIGGERED, body=body)).id
+        try:
+            return (await self.send("POST", f"/syncs/{sync_id}/trigger", _TRIGGERED, body=body)).id
+        except BadReply as error:
+            # Hightouch refuses with status 200 too: a message in place of the id.
+            refusal = error.body.get("message") if isinstance(error.body, dict) else None
+            if refusal is None:
+                raise
+            details = f": {error.body['details']}" if error.body.get("details") else ""
+            raise VendorError(
+                self.vendor,
+                f"{refusal}{details}",
+                method=error.method,
+                path=error.path,
+                status=error.status,
+                sent=False,
+            ) from None
 
     async def run(self, sync_id: str, run_id: str) -> SyncRun | None:
         """One run; None while it is not visible yet, which happens for a short time after the trigger."""

@@ -1,18 +1,7 @@
 """The HTTP manners that every vendor's client shares.
 
 One `ApiClient` per account and event loop, kept open while it is used. It adds timeouts, retries of what is
-safe to repeat, `Retry-After`, a rate limit per account, and errors that say what to do:
-
-    VendorError
-    ├── AuthError           401, 403: wrong or missing credentials or role
-    ├── NotFoundError       404
-    ├── ConflictError       409: a business state, never retried here
-    ├── RateLimited         429, with the wait that the vendor asked for
-    ├── VendorUnavailable   no connection, timeout, 408, 425, 5xx
-    └── BadReply            a reply that is not what the API promises (HTML, half a JSON document)
-
-An error carries method, path, status, the vendor's own message and a line of guidance. It never carries a
-header, a body of ours, a query string or a URL with credentials.
+safe to repeat, `Retry-After`, a rate limit per account, and the errors of `blocks/errors.py`.
 """
 
 from __future__ import annotations
@@ -21,10 +10,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
+from copy import copy
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -32,136 +21,36 @@ import stamina
 from aiolimiter import AsyncLimiter
 from pydantic import TypeAdapter, ValidationError
 
+from blocks.errors import (
+    RETRY_AFTER_CAP,
+    TRANSIENT,
+    AuthError,
+    BadReply,
+    ConflictError,
+    NotFoundError,
+    RateLimited,
+    VendorError,
+    VendorUnavailable,
+    parse_retry_after,
+)
+
+__all__ = [
+    "TRANSIENT",
+    "ApiClient",
+    "AuthError",
+    "BadReply",
+    "ConflictError",
+    "NotFoundError",
+    "RateLimited",
+    "TokenAuth",
+    "VendorError",
+    "VendorUnavailable",
+    "shared_client",
+]
+
 T = TypeVar("T")
 
-RETRY_AFTER_CAP = 120.0
-"""The longest wait, in seconds, that a vendor's `Retry-After` can impose on one request."""
-
-RATE_LIMIT_PAUSE = 30.0
-"""Seconds to wait after a 429 that names no time (Airbyte and Hightouch send none)."""
-
 _RETRYABLE = frozenset({408, 425, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-
-
-class VendorError(Exception):
-    """A vendor's API refused or failed.
-
-    Attributes:
-        vendor: Which API.
-        method: HTTP method of the request.
-        path: Path of the request, without query.
-        status: HTTP status; None where there was no reply.
-        message: What happened, in the vendor's own words where there are any.
-        guidance: What to do about it.
-        sent: Whether the request can have had an effect. False only when it surely had none.
-    """
-
-    def __init__(
-        self,
-        vendor: str,
-        message: str,
-        *,
-        method: str = "",
-        path: str = "",
-        status: int | None = None,
-        guidance: str = "",
-        sent: bool = True,
-        body: Any = None,
-    ) -> None:
-        super().__init__(vendor, message)
-        self.vendor = vendor
-        self.message = message
-        self.method = method
-        self.path = path
-        self.status = status
-        self.guidance = guidance
-        self.sent = sent
-        self.body = body
-
-    def __str__(self) -> str:
-        where = f" {self.method} {self.path}" if self.method else ""
-        status = f" answered {self.status}" if self.status else ""
-        guidance = f" {self.guidance}" if self.guidance else ""
-        return f"{self.vendor}{where}{status}: {self.message.rstrip('.')}.{guidance}"
-
-    __repr__ = __str__
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Prefect pickles exceptions into results; keyword-only arguments need this.
-        return (_rebuild, (type(self), self.vendor, self.message, {**self.__dict__, "body": None}))
-
-
-def _rebuild(cls: type[VendorError], vendor: str, message: str, state: dict[str, Any]) -> VendorError:
-    error = cls(vendor, message)
-    error.__dict__.update(state)
-    return error
-
-
-class AuthError(VendorError):
-    """The credentials are wrong, missing or lack the role."""
-
-
-class NotFoundError(VendorError):
-    """What was asked for does not exist or is not visible to these credentials."""
-
-
-class ConflictError(VendorError):
-    """The vendor's state forbids the request (409)."""
-
-
-class RateLimited(VendorError):
-    """Too many requests (429).
-
-    Attributes:
-        retry_after: Seconds that the vendor asked us to wait; None when it named no time.
-    """
-
-    retry_after: float | None = None
-
-    @property
-    def pause(self) -> float:
-        """Seconds to wait: what the vendor asked for, up to the cap."""
-        return min(RATE_LIMIT_PAUSE if self.retry_after is None else self.retry_after, RETRY_AFTER_CAP)
-
-    @property
-    def over_cap(self) -> bool:
-        """Whether the vendor asked for a longer wait than one request is made to bear."""
-        return self.retry_after is not None and self.retry_after > RETRY_AFTER_CAP
-
-
-class VendorUnavailable(VendorError):
-    """The API can't be reached or fails on its own side. Nothing is said about the job."""
-
-
-class BadReply(VendorError):
-    """The reply is not what the API promises.
-
-    Attributes:
-        html: Whether it is a web page: then the base URL is likely wrong, and asking again is no help.
-    """
-
-    html = False
-
-
-TRANSIENT = (VendorUnavailable, RateLimited, BadReply)
-"""What a poll bears for the outage budget."""
-
-
-def parse_retry_after(value: str | None, now: datetime | None = None) -> float | None:
-    """Seconds in a `Retry-After` header: a number or an HTTP date (RFC 9110, 10.2.3); None if neither."""
-    if not value:
-        return None
-    try:
-        seconds = float(value)
-    except ValueError:
-        try:
-            at = parsedate_to_datetime(value)
-        except ValueError:
-            return None
-        if at.tzinfo is None:
-            at = at.replace(tzinfo=UTC)
-        seconds = (at - (now or datetime.now(UTC))).total_seconds()
-    return max(0.0, seconds) if seconds == seconds and seconds != float("inf") else None
 
 
 class TokenAuth(httpx.Auth):
@@ -188,26 +77,26 @@ class TokenAuth(httpx.Auth):
         self._lock = asyncio.Lock()
         self._token: str | None = None
         self._expires = 0.0
+        self._refusals = 0
+        self._refusal: VendorError | None = None
 
     async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
         """Send, refresh once on 401, send again."""
-        token = self._token
-        if token is None or time.monotonic() >= self._expires:
+        for _ in range(2):
+            refusals = self._refusals
             async with self._lock:
+                if self._refusal is not None and self._refusals != refusals:
+                    # Whoever had the lock before us was refused, and a hundred more would be too.
+                    raise copy(self._refusal)
                 if self._token is None or time.monotonic() >= self._expires:
                     await self._accept((yield self._token_request()))
                 token = self._token
-        request.headers["Authorization"] = f"Bearer {token}"
-        response = yield request
-        if response.status_code != httpx.codes.UNAUTHORIZED:
-            return
-        async with self._lock:
+            request.headers["Authorization"] = f"Bearer {token}"
+            response = yield request
+            if response.status_code != httpx.codes.UNAUTHORIZED:
+                return
             if self._token == token:  # else another request has refreshed it meanwhile
                 self._token = None
-                await self._accept((yield self._token_request()))
-            token = self._token
-        request.headers["Authorization"] = f"Bearer {token}"
-        yield request
 
     def _token_request(self) -> httpx.Request:
         request = self._request_token()
@@ -216,62 +105,92 @@ class TokenAuth(httpx.Auth):
 
     async def _accept(self, response: httpx.Response) -> None:
         await response.aread()
+        try:
+            self._token, lifetime = self._read(response)
+        except VendorError as error:
+            self._refusal = error
+            self._refusals += 1
+            raise
+        # A token is fetched anew a little ahead of its end: a request takes time to arrive.
+        self._expires = time.monotonic() + lifetime - min(60.0, lifetime * 0.05)
+
+    def _read(self, response: httpx.Response) -> tuple[str, float]:
         request, status = response.request, response.status_code
-        where: dict[str, Any] = {
-            "method": request.method,
-            "path": request.url.path,
-            "status": status,
-            "sent": False,
-        }
-        if status in (400, 401, 403, 422):
-            raise AuthError(
-                self._vendor,
-                "the client id or the client secret was refused",
-                guidance="Check both in the block; nothing was started.",
-                **where,
-            )
+        # The token request itself has no effect, and the request that it was for was not sent.
+        where: dict[str, Any] = {"method": request.method, "path": request.url.path, "sent": False}
+        if status == httpx.codes.OK:
+            try:
+                return self._read_token(response.json())
+            except (ValueError, KeyError, TypeError):
+                raise bad_reply(self._vendor, response, where) from None
         if status == httpx.codes.TOO_MANY_REQUESTS:
-            limited = RateLimited(self._vendor, "too many token requests", **where)
-            limited.retry_after = parse_retry_after(response.headers.get("Retry-After"))
-            raise limited
+            where["status"] = status
+            raise _rate_limited(self._vendor, "too many token requests", response, where)
+        if status in _RETRYABLE:
+            raise VendorUnavailable(self._vendor, "no token to be had", status=status, **where)
+        if response.is_redirect or _is_html(response):
+            raise bad_reply(self._vendor, response, where)
         if status == httpx.codes.NOT_FOUND:
             raise NotFoundError(
                 self._vendor,
                 "there is no token endpoint here",
+                status=status,
                 guidance="Check the base URL, or use basic auth for an old self-managed server.",
                 **where,
             )
-        if status != httpx.codes.OK:
-            raise VendorUnavailable(self._vendor, "no token to be had", **where)
-        try:
-            self._token, lifetime = self._read_token(response.json())
-        except (ValueError, KeyError, TypeError) as error:
-            raise _bad_reply(
-                self._vendor, response, {"method": request.method, "path": request.url.path}, sent=False
-            ) from error
-        # A token is fetched anew a little ahead of its end: a request takes time to arrive.
-        self._expires = time.monotonic() + lifetime - min(60.0, lifetime * 0.05)
+        if status in (400, 401, 403, 422):
+            raise AuthError(
+                self._vendor,
+                "the client id or the client secret was refused",
+                status=status,
+                guidance="Check both in the block; nothing was started.",
+                **where,
+            )
+        raise VendorError(self._vendor, "no token to be had", status=status, **where)
 
 
-_HTML_GUIDANCE = "Check that the base URL is that of the API and not of the web interface."
+_ADDRESS_GUIDANCE = "Check that the base URL is that of the API and not of the web interface."
 
 
-def _bad_reply(
-    vendor: str, response: httpx.Response, where: Mapping[str, Any], *, sent: bool = True
-) -> BadReply:
+def _is_html(response: httpx.Response) -> bool:
     text = response.text.lstrip()[:200].lower()
-    html = "html" in response.headers.get("content-type", "") or text.startswith(("<!doctype", "<html"))
-    what = "an HTML page" if html else "something that is not the expected JSON" if text else "an empty body"
-    error = BadReply(
-        vendor,
-        f"it answered with {what}" + (" where JSON was expected" if html or not text else ""),
-        status=response.status_code,
-        guidance=_HTML_GUIDANCE if html else "",
-        sent=sent,
-        **where,
-    )
-    error.html = html
+    return "html" in response.headers.get("content-type", "") or text.startswith(("<!doctype", "<html"))
+
+
+def bad_reply(vendor: str, response: httpx.Response, where: Mapping[str, Any]) -> BadReply:
+    """The error for a reply that no such API sends, and whether the address is likely to blame."""
+    wrong_address = response.is_redirect or _is_html(response)
+    what = "it answered with something that is not the expected JSON"
+    if response.is_redirect:
+        what = "it redirects elsewhere"
+    elif wrong_address:
+        what = "it answered with an HTML page where JSON was expected"
+    elif not response.text.strip():
+        what = "it answered with an empty body where JSON was expected"
+    guidance = _ADDRESS_GUIDANCE if wrong_address else ""
+    error = BadReply(vendor, what, status=response.status_code, guidance=guidance, **where)
+    error.wrong_address = wrong_address
     return error
+
+
+def _rate_limited(
+    vendor: str, message: str, response: httpx.Response, details: Mapping[str, Any]
+) -> RateLimited:
+    limited = RateLimited(vendor, message, **details)
+    limited.retry_after = parse_retry_after(response.headers.get("Retry-After"), _clock_of(response))
+    if limited.over_cap:
+        limited.guidance = (
+            f"It asks to wait {limited.retry_after:.0f} s; we wait {RETRY_AFTER_CAP:.0f} s at a time."
+        )
+    return limited
+
+
+def _clock_of(response: httpx.Response) -> datetime | None:
+    try:
+        moment = parsedate_to_datetime(response.headers["Date"])
+    except (KeyError, ValueError):
+        return None
+    return moment if moment.tzinfo is not None else None
 
 
 def _first_problem(error: ValidationError) -> str:
@@ -388,24 +307,29 @@ class ApiClient:
         Raises:
             VendorError: One of the tree in the module docstring.
         """
-        where: dict[str, Any] = {"method": method, "path": path}
+        # Asking for a document starts nothing, however it ends.
+        where: dict[str, Any] = {"method": method, "path": path, "sent": method != "GET"}
         if self._limiter:
             await self._limiter.acquire()
         try:
             response = await self._http.request(method, path, params=params, json=body)
         except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
             raise VendorError(
-                self.vendor, f"the base URL can't be used ({error})", sent=False, **where
+                self.vendor, f"the base URL can't be used ({error})", **{**where, "sent": False}
             ) from None
         except httpx.TransportError as error:
             raise self._transport_error(error, where) from None
-        self._learn_clock(response)
+        except httpx.DecodingError:
+            raise BadReply(self.vendor, "its reply is compressed and broken", **where) from None
         if not response.is_success:
             raise self._status_error(response, where)
         try:
             document = response.json()
         except ValueError:
-            raise _bad_reply(self.vendor, response, where) from None
+            raise bad_reply(self.vendor, response, where) from None
+        # Only from what is surely the API's own: a proxy's page from its cache may be hours old.
+        if (theirs := _clock_of(response)) is not None:
+            self._skew = theirs - datetime.now(UTC)
         try:
             return reply.validate_python(document)
         except ValidationError as error:
@@ -428,7 +352,10 @@ class ApiClient:
             httpx.ConnectTimeout: "no connection within 10 s",
             httpx.ReadTimeout: "no reply in time",
         }.get(type(error), "the connection was lost")
-        return VendorUnavailable(self.vendor, what, sent=not (not_sent or about_token), **where)
+        if "certificate" in str(error).lower():
+            what = "its TLS certificate was not accepted"
+        sent = where["sent"] and not (not_sent or about_token)
+        return VendorUnavailable(self.vendor, what, **{**where, "sent": sent})
 
     def _status_error(self, response: httpx.Response, where: Mapping[str, Any]) -> VendorError:
         status = response.status_code
@@ -436,83 +363,40 @@ class ApiClient:
             body = response.json()
         except ValueError:
             body = None
+        refused = {**where, "sent": False}
+        # The API's own 404 is a document; a bare one comes from whatever stands where the API should be.
+        if response.is_redirect or (status in (404, 405) and not isinstance(body, Mapping)):
+            return bad_reply(self.vendor, response, refused)
         message = self._redact(_vendor_message(body) or response.reason_phrase or "no reason given")
+        refused |= {"status": status, "body": body}
+        match status:
+            case 401:
+                guidance = "Check the credentials in the block."
+                return AuthError(self.vendor, message, guidance=guidance, **refused)
+            case 403:
+                guidance = "The credentials lack the role or the workspace."
+                return AuthError(self.vendor, message, guidance=guidance, **refused)
+            case 404:
+                return NotFoundError(self.vendor, message, **refused)
+            case 409:
+                return ConflictError(self.vendor, message, **refused)
+            case 429:
+                return _rate_limited(self.vendor, message, response, refused)
         details: dict[str, Any] = {**where, "status": status, "body": body}
-        if status == httpx.codes.UNAUTHORIZED:
-            return AuthError(
-                self.vendor, message, guidance="Check the credentials in the block.", sent=False, **details
-            )
-        if status == httpx.codes.FORBIDDEN:
-            return AuthError(
-                self.vendor,
-                message,
-                guidance="The credentials lack the role or the workspace.",
-                sent=False,
-                **details,
-            )
-        if status == httpx.codes.NOT_FOUND:
-            return NotFoundError(self.vendor, message, sent=False, **details)
-        if status == httpx.codes.CONFLICT:
-            return ConflictError(self.vendor, message, sent=False, **details)
-        if status == httpx.codes.TOO_MANY_REQUESTS:
-            limited = RateLimited(self.vendor, message, sent=False, **details)
-            limited.retry_after = parse_retry_after(response.headers.get("Retry-After"))
-            if limited.over_cap:
-                limited.guidance = (
-                    f"It asks to wait {limited.retry_after:.0f} s; we wait {RETRY_AFTER_CAP:.0f} s at a time."
-                )
-            return limited
         if status in _RETRYABLE:
             return VendorUnavailable(self.vendor, message, **details)
-        if response.is_redirect:
-            return BadReply(self.vendor, "it redirects elsewhere", guidance=_HTML_GUIDANCE, **details)
-        return VendorError(self.vendor, message, sent=status >= 500, **details)
+        return VendorError(self.vendor, message, **(details if status >= 500 else refused))
 
     def _redact(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
         return text
 
-    def _learn_clock(self, response: httpx.Response) -> None:
-        try:
-            theirs = parsedate_to_datetime(response.headers["Date"])
-        except (KeyError, ValueError):
-            return
-        if theirs.tzinfo is not None:
-            self._skew = theirs - datetime.now(UTC)
-
 
 def _worth_repeating(error: Exception) -> bool | float:
     if isinstance(error, RateLimited):
         return error.pause
-    return isinstance(error, VendorUnavailable) or (isinstance(error, BadReply) and not error.html)
-
-
-def check_base_url(value: str, *, example: str) -> str:
-    """A base URL with scheme and host and without credentials, query or trailing slash.
-
-    Raises:
-        ValueError: With a sentence that says what is wrong; it does not repeat credentials.
-    """
-    value = value.strip()
-    if not value:
-        raise ValueError(f"The base URL is empty; give one such as {example}.")
-    if "://" not in value:
-        host = value.split("/", 1)[0].split(":", 1)[0]
-        local = host in ("localhost", "host.docker.internal") or host.replace(".", "").isdigit()
-        value = f"{'http' if local else 'https'}://{value}"
-    try:
-        parts = urlsplit(value)
-        _ = parts.port
-    except ValueError:
-        raise ValueError(f"The base URL can't be read; give one such as {example}.") from None
-    if parts.username or parts.password:
-        raise ValueError("The base URL holds credentials; put them into the block's own fields instead.")
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise ValueError(
-            f"The base URL must start with http:// or https:// and name a host, such as {example}."
-        )
-    return f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/')}"
+    return isinstance(error, VendorUnavailable) or (isinstance(error, BadReply) and not error.wrong_address)
 
 
 ClientT = TypeVar("ClientT", bound=ApiClient)

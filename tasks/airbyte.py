@@ -5,11 +5,7 @@ Vendor documentation: https://reference.airbyte.com/reference/getting-started
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from collections.abc import Hashable
 from typing import Annotated, Any, Literal
 from uuid import UUID
 
@@ -26,35 +22,33 @@ from pydantic import (
     field_validator,
 )
 
-from blocks.airbyte import AirbyteApi, AirbyteServer, Connection, Job
-from blocks.http import ConflictError, NotFoundError, VendorError
+from blocks.airbyte import AirbyteServer, Connection
+from blocks.http import NotFoundError
 from blocks.reference import block_name, load_block
+from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor, Operation, refuse_unless_active
 from tasks.jobs import (
-    AlreadyRunning,
     InputError,
-    JobHandle,
     JobPolicy,
-    JobRequest,
     JobResult,
-    JobState,
-    JobStatus,
     cancel_job,
     run_job,
     wait_for_job,
     without_traceback,
 )
 
-_STATES = {
-    "pending": JobState.QUEUED,
-    "queued": JobState.QUEUED,  # waiting for capacity; may last hours
-    "running": JobState.RUNNING,
-    "incomplete": JobState.RETRYING,  # an attempt failed and another is coming: not an end
-    "succeeded": JobState.SUCCEEDED,
-    "failed": JobState.FAILED,
-    "cancelled": JobState.CANCELLED,
-}
-_FEW = 3  # up to so many jobs are read one by one: a list would cost as much
-_WINDOW = timedelta(seconds=5)
+__all__ = [
+    "AirbyteSync",
+    "AirbyteVendor",
+    "Checked",
+    "airbyte_cancel",
+    "airbyte_check",
+    "airbyte_clear",
+    "airbyte_status",
+    "airbyte_sync",
+    "airbyte_wait",
+]
+
+_FEW = 3  # up to so many connections are read one by one: a list would cost as much
 
 ServerRef = Annotated[
     AirbyteServer | str,
@@ -66,7 +60,8 @@ ServerRef = Annotated[
 class AirbyteSync(BaseModel):
     """A sync of one connection, as a flow takes it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # pydantic's errors quote what they were given, and a server may be given with its secret.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     tool: Literal["airbyte"] = "airbyte"
     server: ServerRef = Field(title="Server")
@@ -105,166 +100,6 @@ class AirbyteSync(BaseModel):
     def label(self) -> str:
         """What a person calls it."""
         return self.name or self.connection_id[:8]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """A job of a connection, as the engine takes it."""
-
-    resource_id: str
-    operation: Literal["sync", "clear", "reset"]
-    name: str
-    owner: str | None = None
-
-
-class AirbyteVendor:
-    """Airbyte's jobs for the engine."""
-
-    name = "airbyte"
-    on_partial: Literal["fail", "warn", "ok"] = "fail"
-    grace = 5.0
-
-    def __init__(self, server: AirbyteServer) -> None:
-        self._server = server
-        self._api: AirbyteApi | None = None
-        self.account: Hashable = server.account
-        self.block = block_name(server, AirbyteServer)
-
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Keep the account's client open."""
-        async with self._server.api() as self._api:
-            yield
-
-    def theirs(self, moment: datetime) -> datetime:
-        """A moment of our clock on Airbyte's."""
-        return self._api.theirs(moment) if self._api else moment
-
-    async def start(self, request: _Request, marker: str) -> JobHandle:
-        """`POST /jobs`. Airbyte has no place for a marker."""
-        async with self._server.api() as api:
-            connection = await api.connection(request.resource_id)
-            _refuse_unless_active(connection)
-            try:
-                job = await api.create_job(request.resource_id, request.operation)
-            except ConflictError as error:
-                raise await self._conflict(api, connection, error) from error
-            return self._handle(job, connection, marker)
-
-    async def _conflict(
-        self, api: AirbyteApi, connection: Connection, error: ConflictError
-    ) -> AlreadyRunning | ConflictError | InputError:
-        title = error.body.get("title") if isinstance(error.body, Mapping) else None
-        if title == "try-again-later" or "already running" in error.message:
-            active = next(
-                (j for j in await api.jobs(connection_id=connection.id, limit=20) if not j.ended), None
-            )
-            return AlreadyRunning(self._handle(active, connection, "") if active else None)
-        # Airbyte hides the reason of any other refusal; the connection tells it, if it has changed under us.
-        api.forget(connection.id)
-        _refuse_unless_active(await api.connection(connection.id))
-        return error
-
-    async def find(
-        self, request: JobRequest, marker: str, since: datetime, known: Sequence[str]
-    ) -> JobHandle | None:
-        """The connection's first job of this kind that was created since then."""
-        async with self._server.api() as api:
-            jobs = await api.jobs(connection_id=request.resource_id, limit=20)
-            since = api.theirs(since)
-            ours = [
-                job
-                for job in jobs
-                if job.created_at >= since and job.type == request.operation and job.id not in known
-            ]
-            if not ours:
-                return None
-            connection = await api.connection(request.resource_id)
-            return self._handle(min(ours, key=lambda job: job.created_at), connection, marker)
-
-    async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
-        """Lists of the newest jobs, a hundred a request; one by one only what they do not show."""
-        wanted = {handle.job_id for handle in handles}
-        seen: dict[str, JobStatus | Exception] = {}
-        async with self._server.api() as api:
-            if len(wanted) > _FEW:
-                since = min(handle.started_at for handle in handles) - _WINDOW
-                async for jobs in api.newest_jobs(since, pages=len(wanted) // 100 + 2):
-                    seen.update((job.id, _status(job)) for job in jobs if job.id in wanted)
-                    if len(seen) == len(wanted):
-                        break
-            slots = asyncio.Semaphore(10)
-            missing = sorted(wanted - seen.keys())
-            seen.update(await asyncio.gather(*(_observe_one(api, job_id, slots) for job_id in missing)))
-        return seen
-
-    async def cancel(self, handle: JobHandle) -> bool:
-        """`DELETE /jobs/{id}`, after a look: it stops whatever the connection is running by then."""
-        async with self._server.api() as api:
-            if (await api.job(handle.job_id)).ended:
-                return True
-            try:
-                await api.cancel_job(handle.job_id)
-            except ConflictError:
-                return (await api.job(handle.job_id)).ended
-        return True
-
-    async def handle(self, job_id: str) -> tuple[JobHandle, _Request]:
-        """A job that somebody else started."""
-        async with self._server.api() as api:
-            job = await api.job(job_id)
-            connection = await api.connection(job.connection_id)
-        return self._handle(job, connection, ""), _Request(
-            connection.id, "sync", connection.name, connection.owner
-        )
-
-    def _handle(self, job: Job, connection: Connection, marker: str) -> JobHandle:
-        return JobHandle(
-            vendor=self.name,
-            resource_id=connection.id,
-            job_id=job.id,
-            marker=marker,
-            started_at=job.created_at,
-            url=f"{self._server.app_url}/workspaces/{connection.workspace_id}/connections/{connection.id}"
-            f"/timeline?openLogs=true&jobId={job.id}",
-        )
-
-
-async def _observe_one(
-    api: AirbyteApi, job_id: str, slots: asyncio.Semaphore
-) -> tuple[str, JobStatus | Exception]:
-    async with slots:
-        try:
-            return job_id, _status(await api.job(job_id, retry=False))
-        except VendorError as error:
-            return job_id, error
-
-
-def _status(job: Job) -> JobStatus:
-    state = _STATES.get(job.status)
-    message = None
-    if state is JobState.FAILED:
-        message = "Airbyte says failed; its public API gives no reason, the job's page does"
-    elif state is JobState.CANCELLED:
-        message = "it was cancelled in Airbyte"
-    return JobStatus(
-        state=state or JobState.RUNNING,
-        known=state is not None,
-        word=job.status,
-        rows=job.rows_synced,
-        bytes=job.bytes_synced,
-        duration=job.duration.total_seconds() if job.duration else None,
-        message=message,
-    )
-
-
-def _refuse_unless_active(connection: Connection) -> None:
-    if connection.status != "active":
-        reason = f" ({connection.status_reason})" if connection.status_reason else ""
-        raise InputError(
-            f"Airbyte connection {connection.name!r} ({connection.id}) is {connection.status}{reason}. "
-            "Enable it in Airbyte, or take it out of the list; nothing was started for it."
-        )
 
 
 # -- checking -----------------------------------------------------------------------------------------------
@@ -334,7 +169,7 @@ async def airbyte_check(syncs: list[AirbyteSync]) -> list[Checked]:
 def _checked(sync: AirbyteSync, connection: Connection) -> Checked:
     problem = None
     try:
-        _refuse_unless_active(connection)
+        refuse_unless_active(connection)
     except InputError as error:
         problem = str(error)
     return Checked(
@@ -364,19 +199,27 @@ def _run_name(verb: str) -> Any:
     return name
 
 
-async def _run(sync: AirbyteSync, operation: Literal["sync", "clear", "reset"]) -> JobResult:
-    server = await load_block(AirbyteServer, sync.server)
-    async with server.api() as api:
+async def _vendor(server: AirbyteServer | str) -> AirbyteVendor:
+    without_traceback()
+    return AirbyteVendor(await load_block(AirbyteServer, server))
+
+
+async def _run(sync: AirbyteSync, operation: Operation) -> JobResult:
+    vendor = await _vendor(sync.server)
+    async with vendor.session():
         try:
-            sync = _named(sync, await api.connection(sync.connection_id))
+            sync = _named(sync, await vendor.connection(sync.connection_id))
         except NotFoundError as error:
             raise InputError(
                 f"Airbyte knows no connection {sync.connection_id}, or these credentials may not see it. "
                 "Nothing was started."
             ) from error
-        name = sync.name if operation == "sync" else f"{operation} {sync.name}"
-        request = _Request(sync.connection_id, operation, name, sync.owner)
-        return await run_job(AirbyteVendor(server), request, sync.policy)
+        name, policy = sync.name, sync.policy
+        if operation != "sync":
+            name = f"{operation} {name}"
+            policy = policy.model_copy(update={"min_rows": None})  # it moves no rows
+        request = AirbyteRequest(sync.connection_id, operation, name, sync.owner)
+        return await run_job(vendor, request, policy)
 
 
 @task(name="airbyte-sync", task_run_name=_run_name("sync"), tags=["airbyte"], cache_policy=NO_CACHE)
@@ -440,9 +283,9 @@ async def airbyte_wait(server: ServerRef, job_id: str, policy: JobPolicy | None 
         NotFoundError: There is no such job.
         JobFailed, JobCancelled, JobTimeout, VendorError: As `airbyte_sync`.
     """
-    vendor = AirbyteVendor(await load_block(AirbyteServer, server))
+    vendor = await _vendor(server)
     async with vendor.session():
-        handle, request = await vendor.handle(job_id)
+        handle, request, _ = await vendor.look_up(job_id)
         return await wait_for_job(vendor, request, handle, policy or JobPolicy())
 
 
@@ -462,17 +305,15 @@ async def airbyte_status(server: ServerRef, job_id: str) -> JobResult:
         NotFoundError: There is no such job.
         VendorError: The API refused or can't be reached.
     """
-    block = await load_block(AirbyteServer, server)
-    vendor = AirbyteVendor(block)
-    async with block.api() as api:
-        handle, request = await vendor.handle(job_id)
-        status = _status(await api.job(job_id))
+    vendor = await _vendor(server)
+    async with vendor.session():
+        handle, request, status = await vendor.look_up(job_id)
     return JobResult(
         vendor=vendor.name,
         resource_id=handle.resource_id,
         name=request.name,
         owner=request.owner,
-        job_id=job_id,
+        job_id=handle.job_id,
         url=handle.url,
         **status.model_dump(exclude={"word", "known"}),
     )
@@ -495,7 +336,7 @@ async def airbyte_cancel(server: ServerRef, job_id: str) -> str:
     Raises:
         NotFoundError: There is no such job.
     """
-    vendor = AirbyteVendor(await load_block(AirbyteServer, server))
+    vendor = await _vendor(server)
     async with vendor.session():
-        handle, _ = await vendor.handle(job_id)
+        handle, _, _ = await vendor.look_up(job_id)
         return await cancel_job(vendor, handle)

@@ -64,7 +64,8 @@ CredentialsRef = Annotated[
 class HightouchSync(BaseModel):
     """A run of one sync, as a flow takes it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    # pydantic's errors quote what they were given, and credentials may be given with their key.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     tool: Literal["hightouch"] = "hightouch"
     credentials: CredentialsRef = Field(title="Credentials")
@@ -129,6 +130,8 @@ class HightouchVendor:
         self._api: HightouchApi | None = None
         self.account: Hashable = credentials.account
         self.block = block_name(credentials, HightouchCredentials)
+        # By run: what the list of syncs said when the run was last read, and what the run was then.
+        self._read: dict[str, tuple[Sync, JobStatus]] = {}
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
@@ -144,6 +147,8 @@ class HightouchVendor:
         """`POST /syncs/{id}/trigger`. While a run is in progress, ours is queued behind it by Hightouch."""
         async with self._credentials.api() as api:
             sync = await api.sync(request.resource_id)
+            if sync.disabled:  # as far as we remember
+                sync = await api.sync(request.resource_id, fresh=True)
             _refuse_if_disabled(sync)
             run_id = await api.trigger(request.resource_id, full_resync=request.full_resync)
             return self._handle(sync, run_id, api.theirs(datetime.now(UTC)), marker)
@@ -162,25 +167,40 @@ class HightouchVendor:
             return self._handle(await api.sync(request.resource_id), run.id, run.created_at, marker)
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
-        """The status of a hundred syncs a request tells which have ended; only those runs are read."""
+        """A hundred syncs a request tell where something has changed; only those runs are read."""
         seen: dict[str, JobStatus | Exception] = {}
         async with self._credentials.api() as api:
-            look = list(handles)
-            if len(handles) > _FEW:
-                words = {sync.id: sync.status or "" for sync in await api.syncs(retry=False)}
-                busy = {id_: word for id_, word in words.items() if not _ended(word)}
-                for handle in handles:
-                    if word := busy.get(handle.resource_id):
-                        seen[handle.job_id] = _status_of(word)
-                look = [handle for handle in handles if handle.job_id not in seen]
+            syncs = {s.id: s for s in await api.syncs(retry=False)} if len(handles) > _FEW else {}
+            for handle in handles:
+                sync = syncs.get(handle.resource_id)
+                listed, status = self._read.get(handle.job_id, (None, None))
+                # The list does not say which run a status is of: ours may wait behind another or be over
+                # before the next. So it only saves the reading of a run while nothing moves.
+                if status and sync and _moves(sync) and _same(sync, listed):
+                    seen[handle.job_id] = status
             slots = asyncio.Semaphore(10)
+            look = [handle for handle in handles if handle.job_id not in seen]
             found = await asyncio.gather(*(_observe_one(api, handle, slots) for handle in look))
-            seen.update(pair for pair in found if pair is not None)
+            seen.update({job_id: status for job_id, status in found if status is not None})
+            for handle in look:
+                self._remember(handle, syncs.get(handle.resource_id), seen.get(handle.job_id))
         return seen
 
-    async def cancel(self, handle: JobHandle) -> bool:
-        """There is no way in Hightouch's API to cancel a run."""
-        return False
+    def _remember(self, handle: JobHandle, sync: Sync | None, status: JobStatus | Exception | None) -> None:
+        if sync and isinstance(status, JobStatus) and not status.state.terminal:
+            self._read[handle.job_id] = (sync, status)
+        else:
+            self._read.pop(handle.job_id, None)
+
+    async def cancel(self, handle: JobHandle) -> JobState | None:
+        """There is no way in Hightouch's API to cancel a run; at most it has ended."""
+        async with self._credentials.api() as api:
+            try:
+                run = await api.run(handle.resource_id, handle.job_id)
+            except VendorError:
+                return None
+        state = _STATES.get(run.status) if run else None
+        return state if state and state.terminal else None
 
     def _handle(self, sync: Sync, run_id: str, started_at: datetime, marker: str) -> JobHandle:
         workspace = f"/{sync.workspace_id}" if sync.workspace_id else ""
@@ -196,41 +216,41 @@ class HightouchVendor:
 
 async def _observe_one(
     api: HightouchApi, handle: JobHandle, slots: asyncio.Semaphore
-) -> tuple[str, JobStatus | Exception] | None:
+) -> tuple[str, JobStatus | Exception | None]:
     async with slots:
         try:
             run = await api.run(handle.resource_id, handle.job_id)
         except VendorError as error:
             return handle.job_id, error
     # None: not visible yet. The watcher bears that for a while.
-    return (handle.job_id, _status(run)) if run else None
+    return handle.job_id, _status(run) if run else None
 
 
-def _ended(word: str) -> bool:
-    state = _STATES.get(word)
-    # `disabled` and the like say nothing about our run: then the run itself is read.
-    return state is None or state.terminal
+def _moves(sync: Sync) -> bool:
+    """Whether a run is under way; `disabled` and the like say nothing about that."""
+    state = _STATES.get(sync.status or "")
+    return state is not None and not state.terminal
 
 
-def _status_of(word: str) -> JobStatus:
-    state = _STATES.get(word)
-    return JobStatus(state=state or JobState.RUNNING, known=state is not None, word=word)
+def _same(sync: Sync, other: Sync | None) -> bool:
+    return other is not None and (sync.status, sync.last_run_at) == (other.status, other.last_run_at)
 
 
 def _status(run: SyncRun) -> JobStatus:
-    status = _status_of(run.status)
-    ends = run.started_at and run.finished_at
-    return status.model_copy(
-        update={
-            "rows": run.successful.total if run.successful else None,
-            "rows_rejected": run.failed.total if run.failed else None,
-            "duration": (run.finished_at - run.started_at).total_seconds() if ends else None,  # type: ignore[operator]
-            "message": _message(run, status.state),
-        }
+    state = _STATES.get(run.status)
+    took = run.finished_at - run.started_at if run.started_at and run.finished_at else None
+    return JobStatus(
+        state=state or JobState.RUNNING,
+        known=state is not None,
+        word=run.status,
+        rows=run.successful.total if run.successful else None,
+        rows_rejected=run.failed.total if run.failed else None,
+        duration=took.total_seconds() if took is not None else None,
+        message=_message(run, state),
     )
 
 
-def _message(run: SyncRun, state: JobState) -> str | None:
+def _message(run: SyncRun, state: JobState | None) -> str | None:
     error = run.error.get("message") if isinstance(run.error, dict) else run.error
     if error:
         return str(error)[:500]
@@ -283,15 +303,16 @@ async def hightouch_check(syncs: list[HightouchSync]) -> list[HightouchSync]:
     """
     without_traceback()
     named: list[HightouchSync] = []
+    seen: set[tuple[Hashable, str]] = set()
     for sync in syncs:
         credentials = await load_block(HightouchCredentials, sync.credentials)
+        if (credentials.account, sync.sync_id) in seen:
+            raise InputError(f"Hightouch sync {sync.sync_id} is listed more than once. Nothing was started.")
+        seen.add((credentials.account, sync.sync_id))
         async with credentials.api() as api:
             found = await _lookup(api, sync.sync_id)
         _refuse_if_disabled(found)
         named.append(_named(sync, found))
-    ids = [sync.sync_id for sync in syncs]
-    if twice := sorted({sync_id for sync_id in ids if ids.count(sync_id) > 1}):
-        raise InputError(f"Hightouch sync {', '.join(twice)} is listed more than once. Nothing was started.")
     return named
 
 
@@ -320,6 +341,7 @@ async def hightouch_sync(sync: HightouchSync) -> JobResult:
             left running: Hightouch has no way to cancel it.
         VendorError: The API refused, or was out of reach for longer than `policy.outage`.
     """
+    without_traceback()
     credentials = await load_block(HightouchCredentials, sync.credentials)
     async with credentials.api() as api:
         sync = _named(sync, await _lookup(api, sync.sync_id))

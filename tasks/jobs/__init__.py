@@ -1,6 +1,6 @@
 """What every vendor's job has in common: model, engine, watcher, journal and task runner."""
 
-from tasks.jobs.engine import cancel_job, run_job, wait_for_job
+from tasks.jobs.engine import run_job, wait_for_job
 from tasks.jobs.journal import Entry, Journal, MemoryJournal, RunJournal, read_entries
 from tasks.jobs.model import (
     AlreadyRunning,
@@ -17,6 +17,7 @@ from tasks.jobs.model import (
     JobTimeout,
     JobVendor,
 )
+from tasks.jobs.outcome import cancel_job
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
 from tasks.jobs.watcher import JobWatcher, watcher_for

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
+import anyio
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
@@ -20,7 +20,6 @@ from blocks.http import TRANSIENT, RateLimited, VendorError, VendorUnavailable
 from tasks.jobs.journal import Entry, Journal, current_journal
 from tasks.jobs.model import (
     AlreadyRunning,
-    JobCancelled,
     JobFailed,
     JobHandle,
     JobPolicy,
@@ -31,6 +30,7 @@ from tasks.jobs.model import (
     JobTimeout,
     JobVendor,
 )
+from tasks.jobs.outcome import accept, cancel_job, judge, result_of
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import current_interrupt
 from tasks.jobs.watcher import JobWatcher, Log, watcher_for
@@ -38,7 +38,7 @@ from tasks.jobs.watcher import JobWatcher, Log, watcher_for
 # The Date header, by which the vendor's clock is known, counts whole seconds; so may its job's times.
 _CLOCK_MARGIN = timedelta(seconds=3)
 _LAST_LOOK = 5.0  # seconds
-_CANCEL_PATIENCE = 15.0  # seconds for cancelling at the vendor; a worker kills us after 30
+_START_PATIENCE = 8.0  # seconds for the reply to a start when we are cancelled; a worker kills us after 30
 
 R = TypeVar("R", bound=JobRequest)
 
@@ -70,12 +70,37 @@ async def run_job(
         return await _Run(vendor, request, policy, journal or current_journal(), watcher, _logger()).run()
 
 
+async def wait_for_job(
+    vendor: JobVendor[Any], request: JobRequest, handle: JobHandle, policy: JobPolicy
+) -> JobResult:
+    """Wait for a job that somebody else started. It is never cancelled from here.
+
+    Raises:
+        JobFailed, JobCancelled, JobTimeout, VendorError: As `run_job`.
+    """
+    log = _logger()
+    async with vendor.session():
+        try:
+            async with asyncio.timeout(policy.timeout):
+                watcher = await watcher_for(vendor)
+                age = _age(vendor, handle)
+                status = await watcher.wait(handle, policy, age=age, at_once=True, log=log)
+        except TimeoutError:
+            message = f"it did not end in {policy.timeout:g} s; it was left running"
+            raise JobTimeout(result_of(vendor, request, JobState.FAILED, handle, message=message)) from None
+    return accept(judge(vendor, request, policy, handle, status), policy, log)
+
+
 def _logger() -> Log:
     without_traceback()
     try:
         return get_run_logger()
     except MissingContextError:
         return logging.getLogger("elt.jobs")
+
+
+def _age(vendor: JobVendor[Any], handle: JobHandle) -> float:
+    return max(0.0, (vendor.theirs(datetime.now(UTC)) - handle.started_at).total_seconds())
 
 
 class _Run(Generic[R]):
@@ -96,12 +121,14 @@ class _Run(Generic[R]):
         self.journal = journal
         self.log = log
         self.watcher = watcher
-        self.key = journal.key(f"{vendor.name}:{request.operation}:{request.resource_id}")
         self.deadline = time.monotonic() + policy.timeout
-        self.maybe_started = False
         self.attached = False
+        # What a cancellation has to clear up after:
+        self.intent = False  # an entry of ours is open in the journal
+        self.starting: asyncio.Task[JobHandle] | None = None  # a start request is under way
+        self.maybe_started = False  # a start request of unknown effect was sent
         self.entry = Entry(
-            key=self.key,
+            key=journal.key(f"{vendor.name}:{request.operation}:{request.resource_id}"),
             vendor=vendor.name,
             resource_id=request.resource_id,
             name=request.name,
@@ -110,137 +137,136 @@ class _Run(Generic[R]):
         )
 
     async def run(self) -> JobResult:
-        earlier = await self.journal.entry(self.key)
-        if earlier and earlier.result and earlier.result.good:
-            self.log.info("%s, by an earlier attempt of this run", earlier.result.sentence())
-            return earlier.result
-        attached = await self._attach(earlier) if earlier and earlier.open else None
-        begun = attached or await self._start(earlier)
-        return begun if isinstance(begun, JobResult) else await self._watch(begun)
+        try:
+            earlier = await self.journal.entry(self.entry.key)
+            if earlier and earlier.result and earlier.result.good:
+                self.log.info("%s, by an earlier attempt of this run", earlier.result.sentence())
+                return earlier.result
+            attached = await self._attach(earlier) if earlier and earlier.open else None
+            begun = attached or await self._start(earlier)
+            return begun if isinstance(begun, JobResult) else await self._watch(begun)
+        except asyncio.CancelledError:
+            # anyio, which is behind a task's `timeout_seconds`, cancels every await again until we are gone.
+            with anyio.CancelScope(shield=True):
+                await self._interrupted()
+            raise
 
     # -- attaching and starting ---------------------------------------------------------------------------
 
     async def _attach(self, earlier: Entry) -> JobHandle | None:
         """The job that an earlier attempt started and did not see the end of."""
         self.entry = earlier
-        if earlier.handle is None:
+        self.intent = True
+        handle = earlier.handle
+        if handle is None:
+            self.maybe_started = True
             handle = await self._find()
+            self.maybe_started = False
             if handle is None:
                 return None
             await self._started(handle)
-        else:
-            handle = earlier.handle
         self.attached = True
         # However late it is: one look at least, for it may well have ended in the meantime.
-        self.deadline = time.monotonic() + max(_LAST_LOOK, self.policy.timeout - self._age(handle))
+        left = self.policy.timeout - _age(self.vendor, handle)
+        self.deadline = time.monotonic() + max(_LAST_LOOK, left)
         self.log.info("attached to %s job %s of an earlier attempt", self.vendor.name, handle.job_id)
         return handle
 
     async def _start(self, earlier: Entry | None) -> JobHandle | JobResult:
-        known = list(earlier.known) if earlier else []
-        if earlier and earlier.handle:
-            known.append(earlier.handle.job_id)
+        known = await self.journal.job_ids(self.vendor.name, self.request.resource_id)
         self.entry = self.entry.model_copy(
             update={
-                "marker": f"elt:{self.key}:{len(known) + 1}",
+                "marker": f"elt:{self.entry.key}:{len(known) + 1}",
                 "since": datetime.now(UTC) - _CLOCK_MARGIN,
                 "known": known,
                 "handle": None,
                 "result": None,
             }
         )
+        self.intent = True
         await self.journal.record(self.entry, urgent=True)
         try:
-            handle = await self._start_or_find()
-        except VendorError as error:
-            if not self.maybe_started:
+            begun = await self._start_or_find()
+        except Exception as error:
+            if self.entry.open and not self.maybe_started:
                 # Surely nothing was started: say so in the journal, that nobody goes looking for it.
                 await self._close(self._result(JobState.FAILED, message=str(error)))
             raise
-        if isinstance(handle, JobHandle):
-            await self._started(handle)
-        return handle
+        if isinstance(begun, JobHandle):
+            self.deadline = time.monotonic() + self.policy.timeout
+            await self._started(begun)
+        return begun
 
     async def _start_or_find(self) -> JobHandle | JobResult:
         """Start the job; look for it first wherever a start may have had an effect already."""
         give_up = time.monotonic() + self.policy.outage
+        trouble: VendorError | None = None
         pause = 1.0
         while True:
+            if self.maybe_started:
+                if (found := await self._find()) is not None:
+                    self.log.info("found it: job %s", found.job_id)
+                    return found
+                if trouble and time.monotonic() >= give_up:
+                    raise trouble
             try:
                 return await self._send_start()
             except AlreadyRunning as refused:
-                outcome = await self._already_running(refused.active)
+                outcome = await self._already_running(refused)
                 if outcome is not None:
                     return outcome
-                give_up = time.monotonic() + self.policy.outage
+                give_up, trouble = time.monotonic() + self.policy.outage, None
                 continue
-            except VendorError as error:
-                self.maybe_started |= error.sent
-                if not isinstance(error, TRANSIENT):
-                    raise
-                trouble: VendorError = error
+            except TRANSIENT as error:
+                trouble = error
             if trouble.sent:
                 self.log.warning("%s The job may have started all the same; looking for it.", trouble)
-                found = await self._find()
-                if found is not None:
-                    self.log.info("found it: job %s", found.job_id)
-                    return found
+                continue
             if time.monotonic() >= give_up:
                 raise trouble
-            if not trouble.sent:
-                self.log.warning("%s Trying again.", trouble)
+            self.log.warning("%s Trying again.", trouble)
             pause = trouble.pause if isinstance(trouble, RateLimited) else min(pause * 2, 15.0)
             await asyncio.sleep(min(pause, max(0.0, give_up - time.monotonic())))
 
     async def _send_start(self) -> JobHandle:
         """The start request. Shielded: one that is cut off in the middle leaves a job of unknown id."""
-        starting = asyncio.create_task(self.vendor.start(self.request, self.entry.marker))
+        self.starting = asyncio.create_task(self.vendor.start(self.request, self.entry.marker))
         try:
-            return await asyncio.shield(starting)
-        except asyncio.CancelledError:
-            with suppress(TimeoutError, VendorError, AlreadyRunning):
-                async with asyncio.timeout(_CANCEL_PATIENCE):
-                    handle = await starting
-                self.entry = self.entry.model_copy(update={"handle": handle})
-                await self._interrupted(handle)
+            return await asyncio.shield(self.starting)
+        except VendorError as error:
+            self.maybe_started |= error.sent
             raise
 
-    async def _already_running(self, active: JobHandle | None) -> JobHandle | JobResult | None:
+    async def _already_running(self, refused: AlreadyRunning) -> JobHandle | JobResult | None:
         """What to do about an active run: a handle or a result to go on with, or None to start again."""
+        active = refused.active
         name = f"job {active.job_id}" if active else "a job"
-        if active and self.maybe_started and active.started_at >= self.vendor.theirs(self.entry.since):
-            self.log.info("%s is the one whose start was not answered", name)
-            return active
-        if self.policy.on_active == "adopt" and active:
-            self.log.info("%s is running already: taken as ours", name)
-            return active
-        if self.policy.on_active == "skip":
-            result = self._result(
-                JobState.SKIPPED, active, message=f"{name} is running already, and the policy says skip"
-            )
+        if active and refused.same:
+            if self.maybe_started and active.started_at >= self.vendor.theirs(self.entry.since):
+                self.log.info("%s is the one whose start was not answered", name)
+                return active
+            if self.policy.on_active == "adopt":
+                self.log.info("%s is running already: taken as ours", name)
+                return active
+        if self.policy.on_active in ("skip", "fail"):
+            message = f"{name} is running already, and the policy says {self.policy.on_active}"
+            skip = self.policy.on_active == "skip"
+            result = self._result(JobState.SKIPPED if skip else JobState.FAILED, active, message=message)
             await self._close(result)
-            return result
-        if self.policy.on_active == "fail":
-            result = self._result(
-                JobState.FAILED, active, message=f"{name} is running already, and the policy says fail"
-            )
-            await self._close(result)
+            if skip:
+                return result
             raise JobFailed(result)
         self.log.info("%s is running already: waiting for it before starting ours", name)
-        left = self.deadline - time.monotonic()
+        left = max(0.0, self.deadline - time.monotonic())
         try:
-            async with asyncio.timeout(max(0.0, left)):
+            async with asyncio.timeout(left):
                 if active is None:
                     await asyncio.sleep(self.policy.interval(self.policy.timeout - left))
                 else:
                     await self.watcher.wait(active, self.policy, log=self.log)
         except TimeoutError:
-            result = self._result(
-                JobState.FAILED,
-                active,
-                message=f"{name} was running already and did not end in {self.policy.timeout:g} s; "
-                "ours was not started",
-            )
+            waited = f"{name} was running already and did not end in {self.policy.timeout:g} s"
+            result = self._result(JobState.FAILED, active, message=f"{waited}; ours was not started")
             await self._close(result)
             raise JobTimeout(result) from None
         return None
@@ -251,12 +277,7 @@ class _Run(Generic[R]):
         shown_by: float | None = None
         while True:
             try:
-                found = await self.vendor.find(
-                    self.request, self.entry.marker, self.entry.since, self.entry.known
-                )
-            except asyncio.CancelledError:
-                await self._interrupted_find()
-                raise
+                found = await self._look()
             except TRANSIENT as error:
                 if time.monotonic() - began >= self.policy.outage:
                     raise VendorUnavailable(
@@ -278,16 +299,9 @@ class _Run(Generic[R]):
                 return None
             await asyncio.sleep(min(1.0, self.vendor.grace / 3))
 
-    async def _interrupted_find(self) -> None:
-        """Cancelled while nobody knows whether our start had an effect: one last look."""
-        with suppress(TimeoutError, VendorError):
-            async with asyncio.timeout(_LAST_LOOK):
-                handle = await self.vendor.find(
-                    self.request, self.entry.marker, self.entry.since, self.entry.known
-                )
-            if handle is not None:
-                self.entry = self.entry.model_copy(update={"handle": handle})
-                await self._interrupted(handle)
+    async def _look(self) -> JobHandle | None:
+        entry = self.entry
+        return await self.vendor.find(self.request, entry.marker, entry.since, entry.known)
 
     async def _started(self, handle: JobHandle) -> None:
         self.entry = self.entry.model_copy(update={"handle": handle})
@@ -302,44 +316,44 @@ class _Run(Generic[R]):
                 status = await self.watcher.wait(
                     handle,
                     self.policy,
-                    age=self._age(handle),
+                    age=_age(self.vendor, handle),
                     at_once=self.attached,
                     on_change=self._tell,
                     log=self.log,
                 )
         except TimeoutError:
             raise JobTimeout(await self._timed_out(handle)) from None
-        except asyncio.CancelledError:
-            await self._interrupted(handle)
-            raise
-        return await self._finish(handle, status)
-
-    def _age(self, handle: JobHandle) -> float:
-        return max(0.0, (self.vendor.theirs(datetime.now(UTC)) - handle.started_at).total_seconds())
+        result = judge(self.vendor, self.request, self.policy, handle, status)
+        await self._close(result)
+        return accept(result, self.policy, self.log)
 
     def _tell(self, status: JobStatus) -> None:
         if not status.state.terminal:
             self.log.info("%s", status.word)
-
-    async def _finish(self, handle: JobHandle, status: JobStatus) -> JobResult:
-        result = _judge(self.vendor, self.request, self.policy, handle, status)
-        await self._close(result)
-        return _accept(result, self.log)
 
     async def _timed_out(self, handle: JobHandle) -> JobResult:
         message = f"it did not end in {self.policy.timeout:g} s"
         if self.policy.on_timeout == "detach":
             # The entry stays open: a retry attaches to the job.
             return self._result(JobState.FAILED, handle, message=f"{message}; it was left running")
-        done = await self._cancel(handle)
+        done = await cancel_job(self.vendor, handle)
         result = self._result(JobState.FAILED, handle, message=f"{message}; {done}")
         await self._close(result)
         return result
 
     # -- cancelling ---------------------------------------------------------------------------------------
 
-    async def _interrupted(self, handle: JobHandle) -> None:
+    async def _interrupted(self) -> None:
         """Our task is being cancelled: cancel the vendor's job, unless only our machine goes away."""
+        if not self.intent or not self.entry.open:
+            return
+        handle = self.entry.handle or await self._last_look()
+        if handle is None:
+            if not self.maybe_started:
+                message = "the run was cancelled before a job was started"
+                await self._close(self._result(JobState.CANCELLED, message=message))
+            return  # else the entry stays open: the next attempt, or the cancellation hook, looks again
+        self.entry = self.entry.model_copy(update={"handle": handle})
         if current_interrupt() == "terminated":
             self.log.warning(
                 "stopped from outside; job %s goes on and the next attempt attaches to it. %s",
@@ -348,19 +362,38 @@ class _Run(Generic[R]):
             )
             await self._record()
             return
-        done = await self._cancel(handle)
+        done = await cancel_job(self.vendor, handle)
         self.log.warning("cancelled: job %s: %s. %s", handle.job_id, done, handle.url or "")
         await self._close(self._result(JobState.CANCELLED, handle, message=f"the run was cancelled; {done}"))
 
-    async def _cancel(self, handle: JobHandle) -> str:
-        return await cancel_job(self.vendor, handle)
+    async def _last_look(self) -> JobHandle | None:
+        """The job of a start whose effect we don't know yet, where that can be had quickly."""
+        try:
+            if self.starting is not None:
+                async with asyncio.timeout(_START_PATIENCE):
+                    return await self.starting
+        except AlreadyRunning:
+            pass
+        except TimeoutError:
+            self.maybe_started = True
+        except VendorError as error:
+            self.maybe_started |= error.sent
+        except Exception as error:  # noqa: BLE001 - our cancellation must not become another error
+            self.log.warning("nothing was started: %s", error)
+        try:
+            if self.maybe_started:
+                async with asyncio.timeout(_LAST_LOOK):
+                    return await self._look()
+        except (TimeoutError, VendorError) as error:
+            self.log.warning("a job may have been started; it can't be looked for now: %s", error)
+        return None
 
     # -- results ------------------------------------------------------------------------------------------
 
     def _result(
         self, state: JobState, handle: JobHandle | None = None, *, message: str | None = None
     ) -> JobResult:
-        return _result(self.vendor, self.request, state, handle, message=message)
+        return result_of(self.vendor, self.request, state, handle, message=message)
 
     async def _close(self, result: JobResult) -> None:
         self.entry = self.entry.model_copy(update={"result": result})
@@ -372,91 +405,3 @@ class _Run(Generic[R]):
             await self.journal.record(self.entry)
         except Exception as error:  # noqa: BLE001 - the job is real whether or not we can write it down
             self.log.warning("could not write to the journal of this run: %r", error)
-
-
-def _judge(
-    vendor: JobVendor[Any], request: JobRequest, policy: JobPolicy, handle: JobHandle, status: JobStatus
-) -> JobResult:
-    """What a terminal status means under the policy."""
-    state, message = status.state, status.message
-    if state is JobState.SUCCEEDED and policy.min_rows and (status.rows or 0) < policy.min_rows:
-        state = JobState.PARTIAL
-        moved = (
-            "does not say how many rows it moved" if status.rows is None else f"moved {status.rows:,} rows"
-        )
-        message = f"it {moved}; at least {policy.min_rows:,} were expected"
-    result = _result(vendor, request, state, handle, message=message, status=status)
-    tolerated = state is JobState.PARTIAL and (policy.on_partial or vendor.on_partial) != "fail"
-    return result.model_copy(update={"tolerated": tolerated})
-
-
-def _accept(result: JobResult, log: Log) -> JobResult:
-    """The result of a job that ended well enough; an exception that carries it otherwise."""
-    if result.state is JobState.CANCELLED:
-        raise JobCancelled(result)
-    if not result.good:
-        raise JobFailed(result)
-    log.log(logging.WARNING if result.state is JobState.PARTIAL else logging.INFO, "%s", result.sentence())
-    return result
-
-
-def _result(
-    vendor: JobVendor[Any],
-    request: JobRequest,
-    state: JobState,
-    handle: JobHandle | None,
-    *,
-    message: str | None = None,
-    status: JobStatus | None = None,
-) -> JobResult:
-    return JobResult(
-        vendor=vendor.name,
-        resource_id=request.resource_id,
-        name=request.name,
-        owner=request.owner,
-        job_id=handle.job_id if handle else None,
-        url=handle.url if handle else None,
-        state=state,
-        message=message,
-        rows=status.rows if status else None,
-        bytes=status.bytes if status else None,
-        rows_rejected=status.rows_rejected if status else None,
-        duration=status.duration if status else None,
-        attempts=status.attempts if status else None,
-    )
-
-
-async def wait_for_job(
-    vendor: JobVendor[Any], request: JobRequest, handle: JobHandle, policy: JobPolicy
-) -> JobResult:
-    """Wait for a job that somebody else started. It is never cancelled from here.
-
-    Raises:
-        JobFailed, JobCancelled, JobTimeout, VendorError: As `run_job`.
-    """
-    log = _logger()
-    async with vendor.session():
-        age = max(0.0, (vendor.theirs(datetime.now(UTC)) - handle.started_at).total_seconds())
-        try:
-            async with asyncio.timeout(policy.timeout):
-                watcher = await watcher_for(vendor)
-                status = await watcher.wait(handle, policy, age=age, at_once=True, log=log)
-        except TimeoutError:
-            message = f"it did not end in {policy.timeout:g} s; it was left running"
-            raise JobTimeout(_result(vendor, request, JobState.FAILED, handle, message=message)) from None
-    return _accept(_judge(vendor, request, policy, handle, status), log)
-
-
-async def cancel_job(vendor: JobVendor[Any], handle: JobHandle) -> str:
-    """Cancel a job at the vendor and say in words what came of it. Never raises, never takes long."""
-    try:
-        async with asyncio.timeout(_CANCEL_PATIENCE):
-            return (
-                "it was cancelled"
-                if await vendor.cancel(handle)
-                else f"{vendor.name} can't cancel; it goes on"
-            )
-    except TimeoutError:
-        return f"cancelling it was asked for and not confirmed within {_CANCEL_PATIENCE:.0f} s"
-    except VendorError as error:
-        return f"it could not be cancelled and may go on ({error})"

@@ -14,11 +14,13 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Iterable
+import threading
+from collections.abc import Hashable, Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Protocol
-from uuid import UUID
+from urllib.parse import quote
+from uuid import UUID, uuid4
 from weakref import WeakKeyDictionary
 
 from prefect.client.orchestration import get_client
@@ -29,6 +31,7 @@ from prefect.client.schemas.filters import (
     ArtifactFilterKey,
     ArtifactFilterTaskRunId,
 )
+from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import BaseModel, Field, TypeAdapter
@@ -37,6 +40,8 @@ from tasks.jobs.model import JobHandle, JobResult
 
 ARTIFACT_KEY = "elt-jobs"
 _PAGE = 100
+_URL = ":/?#[]@!$&'*+,;=%~"  # what quote() leaves as it is: all but what would end a Markdown link
+_REMEMBERED = 50_000  # calls; a process that runs flows for ever must not grow with each
 _PAUSE = 0.1  # seconds over which what is not urgent is gathered into one write
 
 
@@ -50,7 +55,7 @@ class Entry(BaseModel):
     block: str | None = Field(default=None, description="Saved block with which a hook can reach the vendor.")
     marker: str = ""
     since: datetime = Field(description="Our clock when we set out to start it.")
-    known: list[str] = Field(default=[], description="Ids of earlier jobs under this key: they are not it.")
+    known: list[str] = Field(default=[], description="Ids of earlier jobs of this resource: they are not it.")
     handle: JobHandle | None = None
     result: JobResult | None = None
     updated: datetime = Field(default_factory=lambda: datetime.now(UTC))
@@ -73,6 +78,9 @@ class Journal(Protocol):
     async def record(self, entry: Entry, *, urgent: bool = False) -> None:
         """Write an entry; returns when it is kept. `urgent` writes at once, the rest is gathered."""
 
+    async def job_ids(self, vendor: str, resource_id: str) -> list[str]:
+        """Every job of a resource that is in the journal."""
+
     def key(self, base: str) -> str:
         """The key of this call: `base`, or `base#n` for the n-th such job of the flow run."""
 
@@ -90,6 +98,10 @@ class MemoryJournal:
     async def record(self, entry: Entry, *, urgent: bool = False) -> None:
         """Keep an entry."""
         self.entries[entry.key] = entry
+
+    async def job_ids(self, vendor: str, resource_id: str) -> list[str]:
+        """Every job of a resource that is in the journal."""
+        return _job_ids(self.entries.values(), vendor, resource_id)
 
     def key(self, base: str) -> str:
         """Outside of a flow run nothing tells a repeat from a retry: one job per key."""
@@ -117,7 +129,6 @@ class RunJournal:
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._loaded: asyncio.Task[None] | None = None
-        self._calls: dict[tuple[int, str], list[UUID]] = {}
 
     async def entry(self, key: str) -> Entry | None:
         """The latest entry under a key, of this attempt or an earlier one."""
@@ -129,6 +140,11 @@ class RunJournal:
         await self._load()
         return list(self._entries.values())
 
+    async def job_ids(self, vendor: str, resource_id: str) -> list[str]:
+        """Every job of a resource that is in the journal, of this attempt and of earlier ones."""
+        await self._load()
+        return _job_ids(self._entries.values(), vendor, resource_id)
+
     def key(self, base: str) -> str:
         """The key of this call: `base`, or `base#n` for the n-th such job of the flow run.
 
@@ -136,13 +152,9 @@ class RunJournal:
         call in one run is a second job.
         """
         flow, task = FlowRunContext.get(), TaskRunContext.get()
-        if task is None:
-            return base
         attempt = flow.flow_run.run_count if flow and flow.flow_run else 0
-        calls = self._calls.setdefault((attempt, base), [])
-        if task.task_run.id not in calls:
-            calls.append(task.task_run.id)
-        number = calls.index(task.task_run.id) + 1
+        scope = self._flow_run_id or self._task_run_id
+        number = _calls.number((scope, attempt, base), task.task_run.id if task else uuid4())
         return base if number == 1 else f"{base}#{number}"
 
     async def record(self, entry: Entry, *, urgent: bool = False) -> None:
@@ -218,6 +230,24 @@ class RunJournal:
         self._artifacts[page] = artifact.id
 
 
+class _Calls:
+    """Which call of a run is the how manieth for its job, over all threads and loops of this process."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._callers: dict[Hashable, list[UUID]] = {}
+
+    def number(self, job: Hashable, caller: UUID) -> int:
+        with self._lock:
+            callers = self._callers.setdefault(job, [])
+            if len(self._callers) > _REMEMBERED:
+                del self._callers[next(iter(self._callers))]
+            if caller not in callers:
+                callers.append(caller)
+            return callers.index(caller) + 1
+
+
+_calls = _Calls()
 _journals: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[UUID, RunJournal]] = WeakKeyDictionary()
 
 
@@ -244,8 +274,16 @@ async def read_entries(flow_run_id: UUID | None, task_run_id: UUID | None = None
         scope.flow_run_id = ArtifactFilterFlowRunId(any_=[flow_run_id])
     elif task_run_id:
         scope.task_run_id = ArtifactFilterTaskRunId(any_=[task_run_id])
+    artifacts: list[Artifact] = []
     async with get_client() as client:
-        artifacts = await client.read_artifacts(artifact_filter=scope, sort=ArtifactSort.UPDATED_DESC)
+        while True:
+            # Oldest last: a page that is written meanwhile pushes others back, and none is missed.
+            page = await client.read_artifacts(
+                artifact_filter=scope, sort=ArtifactSort.CREATED_DESC, limit=_PAGE, offset=len(artifacts)
+            )
+            artifacts += page
+            if len(page) < _PAGE:
+                break
     latest: dict[str, Entry] = {}
     for artifact in artifacts:
         for entry in _parse(artifact.data):
@@ -254,8 +292,20 @@ async def read_entries(flow_run_id: UUID | None, task_run_id: UUID | None = None
     return list(latest.values())
 
 
+def _job_ids(entries: Iterable[Entry], vendor: str, resource_id: str) -> list[str]:
+    ids: dict[str, None] = {}
+    for entry in entries:
+        if (entry.vendor, entry.resource_id) == (vendor, resource_id):
+            ids |= dict.fromkeys(entry.known)
+            if entry.handle:
+                ids[entry.handle.job_id] = None
+    return list(ids)
+
+
 def _cell(text: str) -> str:
-    return re.sub(r"\s+", " ", text).replace("|", "\\|")[:200]
+    """Text of a vendor's as it may stand in a table, where it can't begin anything of its own."""
+    text = re.sub(r"\s+", " ", text)[:200]
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", text).replace("<", "&lt;")
 
 
 def _page_text(entries: Iterable[Entry]) -> str:
@@ -264,7 +314,9 @@ def _page_text(entries: Iterable[Entry]) -> str:
     for entry in entries:
         job = "start requested"
         if entry.handle:
-            job = f"[{entry.handle.job_id}]({entry.handle.url})" if entry.handle.url else entry.handle.job_id
+            job = _cell(entry.handle.job_id)
+            if entry.handle.url:
+                job = f"[{job}]({quote(entry.handle.url, safe=_URL)})"
         state = entry.result.state.value if entry.result else "RUNNING" if entry.handle else ""
         message = (entry.result.message if entry.result else None) or ""
         lines.append(f"| {entry.vendor} {_cell(entry.name)} | {job} | {state} | {_cell(message)} |")
@@ -275,6 +327,6 @@ def _page_text(entries: Iterable[Entry]) -> str:
 
 
 def _parse(text: Any) -> list[Entry]:
-    found = re.search(r"<!-- journal (.*) -->", text) if isinstance(text, str) else None
-    # A page that somebody edited by hand is no reason to fail a run, but half of it can't be trusted either.
+    found = re.search(r"^<!-- journal (.*) -->$", text, re.MULTILINE) if isinstance(text, str) else None
+    # One that can't be read fails the run: whoever starts jobs without knowing starts them twice.
     return _ENTRIES.validate_json(found.group(1)) if found else []

@@ -35,12 +35,18 @@ class JobPolicy(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     poll: float = Field(
-        default=1.0, gt=0, description="Seconds between two looks at a young job; grows with the job's age."
+        default=1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds between two looks at a young job; grows with the job's age.",
     )
-    poll_cap: float = Field(default=30.0, gt=0, description="Longest time between two looks, in seconds.")
+    poll_cap: float = Field(
+        default=30.0, gt=0, allow_inf_nan=False, description="Longest time between two looks, in seconds."
+    )
     timeout: float = Field(
         default=6 * 3600.0,
         gt=0,
+        allow_inf_nan=False,
         description="Seconds from the start of the job until `on_timeout` is applied. Waiting for another "
         "run of the same job to end (`on_active: queue`) is bounded by the same figure.",
     )
@@ -50,6 +56,7 @@ class JobPolicy(BaseModel):
     outage: float = Field(
         default=300.0,
         ge=0,
+        allow_inf_nan=False,
         description="Seconds for which an unreachable or failing API is borne. The job is not touched.",
     )
     on_active: Literal["queue", "adopt", "skip", "fail"] = Field(
@@ -234,8 +241,12 @@ class JobVendor(Protocol[RequestT]):
         is taken as not visible yet.
         """
 
-    async def cancel(self, handle: JobHandle) -> bool:
-        """Stop the job; True when it is stopped or had ended, False when this vendor cannot."""
+    async def cancel(self, handle: JobHandle) -> JobState | None:
+        """Stop the job, unless it has ended; safe to repeat.
+
+        Returns:
+            CANCELLED when it was stopped, how it had ended before that, or None when this vendor cannot.
+        """
 
 
 class AlreadyRunning(Exception):
@@ -243,11 +254,13 @@ class AlreadyRunning(Exception):
 
     Attributes:
         active: The active run, where the vendor could name it.
+        same: Whether it does what ours was to do; a clear is no sync and can't be taken for one.
     """
 
-    def __init__(self, active: JobHandle | None) -> None:
+    def __init__(self, active: JobHandle | None, *, same: bool = True) -> None:
         super().__init__(active)
         self.active = active
+        self.same = same
 
     def __str__(self) -> str:
         return (

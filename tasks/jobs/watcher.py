@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from blocks.http import TRANSIENT, BadReply, RateLimited, VendorError, VendorUnavailable
+from blocks.http import TRANSIENT, BadReply, NotFoundError, RateLimited, VendorError, VendorUnavailable
 from tasks.jobs.model import JobHandle, JobPolicy, JobStatus, JobVendor
 from tasks.jobs.runner import at_loop_exit
 
@@ -72,7 +72,7 @@ class JobWatcher:
             policy: How often to look and how long to bear an outage.
             age: The job's age in seconds at this moment.
             at_once: Look now and not only when a job of this age would be due.
-            on_change: Called with each status that differs from the one before.
+            on_change: Called with each status whose word differs from the one before.
             log: Where outages and unknown states are told.
 
         Returns:
@@ -97,6 +97,10 @@ class JobWatcher:
             return await done
         finally:
             self._watches.discard(watch)
+            if not self._watches and self._loop is not None:
+                # Else it would sleep until the next look, and the event loop may be closed before.
+                self._loop.cancel()
+                self._loop = None
 
     async def _run(self) -> None:
         while self._watches:
@@ -122,17 +126,21 @@ class JobWatcher:
                 self._end(watch, error)
             return
         for watch in due:
-            self._take(watch, seen.get(watch.handle.job_id))
+            try:
+                self._take(watch, seen.get(watch.handle.job_id))
+            except Exception as error:  # noqa: BLE001 - one broken callback must not stop the loop for all
+                self._end(watch, error)
 
     def _take(self, watch: _Watch, status: JobStatus | Exception | None) -> None:
         now = self._clock()
+        if isinstance(status, NotFoundError) and now - watch.born < self._vendor.grace:
+            status = None
         if status is None:
             # Not in the reply: a fresh job may be invisible for a while, an old one has been lost.
             watch.unseen_since = watch.unseen_since or now
             if now - watch.unseen_since > max(self._vendor.grace, watch.policy.outage):
-                self._end(
-                    watch, VendorUnavailable(self._vendor.name, "the job is not in its replies any more")
-                )
+                lost = VendorUnavailable(self._vendor.name, "the job is not in its replies")
+                self._end(watch, _out_of_patience(lost, watch, now - watch.unseen_since))
             else:
                 self._schedule(watch)
             return
@@ -146,8 +154,8 @@ class JobWatcher:
         if watch.outage_said:
             watch.outage_said = False
             watch.log.info("%s answers again", self._vendor.name)
-        if status != watch.last:
-            if not status.known and (watch.last is None or watch.last.word != status.word):
+        if watch.last is None or watch.last.word != status.word:
+            if not status.known:
                 watch.log.warning(
                     "%s job %s is in a state that is not in its contract: %r. Taken as not ended.",
                     self._vendor.name,
@@ -168,7 +176,7 @@ class JobWatcher:
         for watch in due:
             watch.failing_since = watch.failing_since or now
             if now - watch.failing_since >= watch.policy.outage:
-                self._end(watch, _out_of_patience(error, watch))
+                self._end(watch, _out_of_patience(error, watch, now - watch.failing_since))
                 continue
             if not watch.outage_said:
                 watch.outage_said = True
@@ -192,12 +200,12 @@ class JobWatcher:
             watch.done.set_result(outcome)
 
 
-def _out_of_patience(error: VendorError, watch: _Watch) -> VendorError:
+def _out_of_patience(error: VendorError, watch: _Watch, seconds: float) -> VendorError:
     kind = type(error) if isinstance(error, BadReply | RateLimited) else VendorUnavailable
     link = f" {watch.handle.url}" if watch.handle.url else ""
     return kind(
         error.vendor,
-        f"{error.message}, for {watch.policy.outage:.0f} s now",
+        f"{error.message.rstrip('.')}, for {seconds:.0f} s now",
         method=error.method,
         path=error.path,
         status=error.status,

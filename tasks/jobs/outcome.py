@@ -1,0 +1,100 @@
+"""What came of a job: its result under the policy, and its cancellation in words."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from blocks.http import TRANSIENT, VendorError
+from tasks.jobs.model import (
+    JobCancelled,
+    JobFailed,
+    JobHandle,
+    JobPolicy,
+    JobRequest,
+    JobResult,
+    JobState,
+    JobStatus,
+    JobVendor,
+)
+from tasks.jobs.watcher import Log
+
+_CANCEL_PATIENCE = 15.0  # seconds for cancelling at the vendor; a worker kills us after 30
+
+
+def judge(
+    vendor: JobVendor[Any], request: JobRequest, policy: JobPolicy, handle: JobHandle, status: JobStatus
+) -> JobResult:
+    """What a terminal status means under the policy."""
+    state, message = status.state, status.message
+    if state is JobState.SUCCEEDED and policy.min_rows and (status.rows or 0) < policy.min_rows:
+        state = JobState.PARTIAL
+        moved = (
+            "does not say how many rows it moved" if status.rows is None else f"moved {status.rows:,} rows"
+        )
+        message = f"it {moved}; at least {policy.min_rows:,} were expected"
+    result = result_of(vendor, request, state, handle, message=message, status=status)
+    tolerated = state is JobState.PARTIAL and (policy.on_partial or vendor.on_partial) != "fail"
+    return result.model_copy(update={"tolerated": tolerated})
+
+
+def accept(result: JobResult, policy: JobPolicy, log: Log) -> JobResult:
+    """The result of a job that ended well enough; an exception that carries it otherwise."""
+    if result.state is JobState.CANCELLED:
+        raise JobCancelled(result)
+    if not result.good:
+        raise JobFailed(result)
+    warn = result.state is JobState.PARTIAL and policy.on_partial != "ok"
+    log.log(logging.WARNING if warn else logging.INFO, "%s", result.sentence())
+    return result
+
+
+def result_of(
+    vendor: JobVendor[Any],
+    request: JobRequest,
+    state: JobState,
+    handle: JobHandle | None = None,
+    *,
+    message: str | None = None,
+    status: JobStatus | None = None,
+) -> JobResult:
+    """A result with what is known of the job."""
+    return JobResult(
+        vendor=vendor.name,
+        resource_id=request.resource_id,
+        name=request.name,
+        owner=request.owner,
+        job_id=handle.job_id if handle else None,
+        url=handle.url if handle else None,
+        state=state,
+        message=message,
+        rows=status.rows if status else None,
+        bytes=status.bytes if status else None,
+        rows_rejected=status.rows_rejected if status else None,
+        duration=status.duration if status else None,
+        attempts=status.attempts if status else None,
+    )
+
+
+async def cancel_job(vendor: JobVendor[Any], handle: JobHandle) -> str:
+    """Cancel a job at the vendor and say in words what came of it. Never raises, never takes long."""
+    trouble: VendorError | None = None
+    try:
+        async with asyncio.timeout(_CANCEL_PATIENCE):
+            while True:
+                try:
+                    state = await vendor.cancel(handle)
+                except TRANSIENT as error:
+                    trouble = error
+                    await asyncio.sleep(1.0)
+                    continue
+                break
+    except TimeoutError:
+        why = f" ({trouble})" if trouble else ""
+        return f"cancelling it was asked for and not confirmed within {_CANCEL_PATIENCE:.0f} s{why}"
+    except Exception as error:  # noqa: BLE001 - what the caller is about to say matters more than this
+        return f"it could not be cancelled and may go on ({error})"
+    if state is None:
+        return f"{vendor.name} can't cancel; it goes on"
+    return "it was cancelled" if state is JobState.CANCELLED else f"it had ended already: {state.lower()}"
