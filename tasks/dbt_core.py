@@ -240,6 +240,8 @@ class _Build:
                 self._finish(record)
             case "log":
                 self._log(record)
+            case "complaint":
+                self.runs.complain(record["id"], record["text"])
             case "manifest":
                 self._learn(record)
             case "result":
@@ -292,10 +294,12 @@ class _Build:
             await self.reading
         if self.lineage is None and self.manifest is not None:
             await self._read(self.manifest)
-        return [node_from(record, self._reason(record), self.lineage) for record in self.results]
+        return [self._node(record) for record in self.results]
 
-    def _reason(self, record: dict[str, Any]) -> str | None:
-        return self.blame.reason(record["id"]) if record["status"] == "skipped" else None
+    def _node(self, record: dict[str, Any]) -> DbtNode:
+        reason = self.blame.reason(record["id"]) if record["status"] == "skipped" else None
+        message = self.runs.explained(record["id"], record["message"])
+        return node_from({**record, "message": message}, reason, self.lineage)
 
 
 def _command_line(dbt: DbtCore, command: str, profiles_dir: Path) -> list[str]:

@@ -112,6 +112,9 @@ class Reporter:
             self.send(
                 t="manifest", path=str(Path(data.artifact_path).absolute()), invocation=info.invocation_id
             )
+        elif name == "GenericExceptionOnRun":
+            # The only word about a batch of a microbatch model that broke; the model itself just says ERROR.
+            self.send(t="complaint", id=data.unique_id, text=data.exc[:LONGEST_MESSAGE])
         elif info.level in {"info", "warn", "error"} and info.msg.strip():
             unique_id = node.unique_id if node is not None else ""
             self.send(t="log", id=unique_id, name=name, level=info.level, text=info.msg[:LONGEST_MESSAGE])

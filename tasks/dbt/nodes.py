@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from prefect import task
@@ -18,6 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.context import TaskRunContext
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled, Completed, Failed
+from prefect.transactions import CommitMode, get_transaction
 
 from tasks.dbt.lineage import Lineage
 from tasks.dbt.model import DbtNode, DbtState, label_of
@@ -33,8 +36,12 @@ _STATES = {
 _LEVELS = {"info": logging.INFO, "warn": logging.WARNING, "error": logging.ERROR}
 
 
-class _Feed(asyncio.Queue["tuple[int, str] | State[None]"]):
-    """What the node's task is told: log lines (level, text), at last its state."""
+class _Feed(asyncio.Queue[tuple[int, str] | Callable[[], State[None]]]):
+    """What the node's task is told: log lines (level, text), at last how to end.
+
+    Not the state itself: one made before the task was Running carries an earlier time than Running, and the
+    server would keep the node Running for ever.
+    """
 
 
 @task(name="dbt node", task_run_name="{label}", cache_policy=NO_CACHE, persist_result=False, retries=0)
@@ -44,11 +51,15 @@ async def dbt_node(label: str, kind: str, feed: _Feed) -> State[None]:
         # Not as tags of the task: Prefect would ask the API for a concurrency slot per tag (a request per
         # node), and with a limit on the tag `dbt` the nodes would wait for a slot that their own build holds.
         context.task_run.tags = sorted({*context.task_run.tags, "dbt", kind})
+    if transaction := get_transaction():
+        # A node that is done is done. By default its transaction waits for that of the build, and when the
+        # build fails, every node that had succeeded turns from Completed into RolledBack.
+        transaction.commit_mode = CommitMode.EAGER
     logger = get_run_logger()
     while True:
         item = await feed.get()
-        if isinstance(item, State):
-            return item
+        if callable(item):
+            return item()
         logger.log(*item)
 
 
@@ -63,6 +74,7 @@ class NodeRuns:
     """The node task runs of one dbt invocation."""
 
     finished: dict[str, DbtState] = field(default_factory=dict)
+    _complaints: dict[str, str] = field(default_factory=dict)
     _open: dict[str, _Open] = field(default_factory=dict)
     _tasks: list[asyncio.Task[Any]] = field(default_factory=list)
 
@@ -101,10 +113,24 @@ class NodeRuns:
             return
         node.runs -= 1
         if node.runs:
+            if message and state_of(status) is DbtState.ERROR:
+                self.complain(unique_id, message)
             return
         del self._open[unique_id]
         self.finished[unique_id] = state_of(status)
-        node.feed.put_nowait(_prefect_state(self.finished[unique_id], message, rows))
+        message = self.explained(unique_id, message)
+        node.feed.put_nowait(partial(_prefect_state, self.finished[unique_id], message, rows))
+
+    def complain(self, unique_id: str, text: str) -> None:
+        """Part of a node (a batch) failed for this reason, which the node's own message will not repeat."""
+        self._complaints.setdefault(unique_id, text)
+
+    def explained(self, unique_id: str, message: str | None) -> str | None:
+        """A node's message together with what was complained about its parts."""
+        complaint = self._complaints.get(unique_id)
+        if complaint is None or complaint in (message or ""):
+            return message
+        return f"{message}: {complaint}" if message else complaint
 
     def settle(
         self, unique_id: str, kind: str, name: str, status: str, message: str | None, rows: int | None = None
@@ -124,7 +150,7 @@ class NodeRuns:
             why: What became of dbt, for the nodes that it left unfinished.
         """
         for node in self._open.values():
-            node.feed.put_nowait(Cancelled(message=why))
+            node.feed.put_nowait(partial(Cancelled, message=why))
         self._open.clear()
         if not self._tasks:
             return
