@@ -10,9 +10,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 import pytest
+
+if TYPE_CHECKING:
+    from blocks import AirbyteServer
+    from sandbox import Sandbox
 
 # Set before prefect is imported: its settings are read once.
 _HOME = tempfile.mkdtemp(prefix="elt-flows-tests-")
@@ -42,11 +47,25 @@ SERVER_ENV = {
 }
 
 
+from prefect.events.worker import EventsWorker  # noqa: E402 - after the settings
+from prefect.logging.handlers import APILogHandler  # noqa: E402
+
+
 @pytest.fixture(scope="session", autouse=True)
 def prefect_server() -> Iterator[str]:
     """The API's address. The ephemeral server would lose task runs and start anew for every process."""
     log = Path(_HOME, "server.log").open("wb")  # noqa: SIM115 - closed below, with the server
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(_PORT)]
+    command = [
+        sys.executable,
+        "-m",
+        "prefect",
+        "server",
+        "start",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(_PORT),
+    ]
     server = subprocess.Popen(  # noqa: S603
         [*command, "--log-level", "WARNING"],
         env={**os.environ, **SERVER_ENV},
@@ -64,6 +83,9 @@ def prefect_server() -> Iterator[str]:
             except httpx.TransportError:
                 time.sleep(0.2)
         yield API_URL
+        # What is still on its way to the server would complain that there is none.
+        APILogHandler().flush()
+        EventsWorker.drain_all()
     finally:
         server.terminate()
         try:
@@ -72,3 +94,23 @@ def prefect_server() -> Iterator[str]:
             server.kill()
             server.wait(5)
         log.close()
+
+
+@pytest.fixture
+def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
+    """The vendors on a free port, with jobs of 0.3 s and a warehouse of their own."""
+    from sandbox import Sandbox
+
+    with Sandbox(tmp_path, job_seconds=0.3) as running:
+        yield running
+
+
+@pytest.fixture
+def airbyte(sandbox: Sandbox) -> AirbyteServer:
+    """The block for the sandbox's Airbyte, not saved."""
+    from blocks import AirbyteServer
+    from sandbox import catalog
+
+    return AirbyteServer(
+        base_url=sandbox.airbyte_url, client_id=catalog.CLIENT_ID, client_secret=catalog.CLIENT_SECRET
+    )
