@@ -1,0 +1,122 @@
+"""`python -m bench`: measure, and say what it came to."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+from bench import dbt_build, fan_out
+from bench.fan_out import Case
+from bench.stage import BenchError, Stage
+from bench.table import Section, as_markdown, as_text, dbt_section, fan_out_section, machine
+
+CASES = (
+    Case(10, 10, 10.0, wall=11.5),
+    Case(500, 500, 10.0, wall=14.0, requests=700, rss=250.0),
+)
+_MODELS = 100
+_PAIRS = 3
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure what was asked for; 0 unless something broke. A target that is not met is told, no failure."""
+    args = _arguments(argv)
+    where = machine()
+    folder = Path(tempfile.mkdtemp(prefix="elt-flows-bench-"))
+    # Its `finally` blocks stop the servers.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        with Stage(folder, args.api_url, patient=not args.quick) as stage:
+            sections = _measure(stage, args)
+    except BenchError as error:
+        print(f"The bench broke off: {error}", file=sys.stderr)
+        print(f"The logs are in {folder}.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        shutil.rmtree(folder, ignore_errors=True)
+        return 130
+    shutil.rmtree(folder, ignore_errors=True)
+    print(as_text(sections, where))
+    if args.save:
+        saved = Path(__file__).with_name("results.md")
+        saved.write_text(as_markdown(sections, where))
+        print(f"Saved as {saved}")
+    return 0
+
+
+def _measure(stage: Stage, args: argparse.Namespace) -> list[Section]:
+    sections = []
+    _tell("starting the Prefect server")
+    stage.ready()
+    if args.only != "dbt":
+        sections += [_fan_out(stage, case, with_plain=not args.no_plain) for case in _cases(args)]
+    if args.only == "fan-out":
+        return sections
+    if args.quick:
+        few = dbt_build.generated_project(stage, models=5)
+        return [*sections, dbt_section(_dbt(stage, few, pairs=1), limit=None)]
+    sections.append(dbt_section(_dbt(stage, dbt_build.demo_project(stage), _PAIRS)))
+    sections.append(dbt_section(_dbt(stage, dbt_build.generated_project(stage, _MODELS), _PAIRS)))
+    return sections
+
+
+def _cases(args: argparse.Namespace) -> tuple[Case, ...]:
+    if args.quick and args.n is None:
+        return (Case(5, 5, 1.0),)
+    if args.n is None and args.k is None and args.d is None:
+        return CASES
+    n = args.n or 500
+    asked = Case(n, args.k or n, 10.0 if args.d is None else args.d)
+    known = next((c for c in CASES if c == asked or str(c) == str(asked)), None)
+    return (known or asked,)
+
+
+def _fan_out(stage: Stage, case: Case, *, with_plain: bool) -> Section:
+    _tell(f"{case}: sync_connections")
+    ours = fan_out.measure(stage, case, "ours")
+    plain = None
+    if with_plain:
+        _tell(f"{case}: the plain way")
+        plain = fan_out.measure(stage, case, "plain")
+    return fan_out_section(ours, plain)
+
+
+def _dbt(stage: Stage, project: dbt_build.Project, pairs: int) -> dbt_build.DbtCost:
+    _tell(f"dbt build of {project.name}, {pairs} x both ways")
+    return dbt_build.measure(stage, project, pairs)
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Measure the fan-out and the dbt build against their ideals and the plain ways.",
+        epilog="N, K and D are also read from the environment: make bench N=100 D=5.",
+    )
+    env = os.environ
+    parser.add_argument("-n", type=int, default=env.get("N"), help="connections (default: 10, then 500)")
+    parser.add_argument("-k", type=int, default=env.get("K"), help="how many at a time (default: all)")
+    parser.add_argument("-d", type=float, default=env.get("D"), help="seconds per job (default: 10)")
+    parser.add_argument("--only", choices=("fan-out", "dbt"), help="leave the other out")
+    parser.add_argument("--no-plain", action="store_true", help="fan-out without the plain way beside it")
+    parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, no more")
+    parser.add_argument("--save", action="store_true", help="also write bench/results.md")
+    parser.add_argument(
+        "--api-url", help="a standing Prefect server to measure against; by default one is started, on SQLite"
+    )
+    args = parser.parse_args(argv)
+    if any(value is not None and value <= 0 for value in (args.n, args.k, args.d)):
+        parser.error("N, K and D must be greater than 0")
+    return args
+
+
+def _tell(what: str) -> None:
+    print(f"· {what} …", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
