@@ -38,7 +38,7 @@ from tasks.dbt_core import (
     dbt_build,
     dbt_plan,
 )
-from tests.dbt_project import Project, everything
+from tests.small_dbt import Project, everything
 
 # Prefect 3.8.8 leaves sockets of its API client to the garbage collector; a process that leaks still fails.
 pytestmark = [
@@ -49,7 +49,8 @@ pytestmark = [
 ]
 
 # Runs for hours in DuckDB, and can be interrupted.
-ENDLESS = "-- depends_on: {{ ref('a') }}\nselect count(*) as n from range(1000000000) a, range(1000000) b where a.range + b.range = -1"
+ENDLESS = """-- depends_on: {{ ref('a') }}
+select count(*) as n from range(1000000000) a, range(1000000) b where a.range + b.range = -1"""
 
 
 @dataclass
@@ -75,7 +76,7 @@ def build(dbt: DbtCore, exclude: list[str] | None = None) -> Run:
 
 async def task_runs(flow_run_id: str, ready: Callable[[list[TaskRun]], bool]) -> list[TaskRun]:
     """The run's task runs, once they are as `ready` wants them: the server is a second behind."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     async with get_client() as client:
         while True:
             wanted = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
@@ -396,7 +397,7 @@ class TestTheEnd:
             await dbt_build(small.core())
 
         running = asyncio.create_task(chain())
-        await until(lambda: ids, 10)
+        await until(lambda: ids, 30)
         seen = await task_runs(
             ids[0], lambda runs: any(r.name == "model b" and r.state and r.state.is_running() for r in runs)
         )
@@ -429,7 +430,7 @@ class TestTheEnd:
             await dbt_build(small.core())
 
         running = asyncio.create_task(chain())
-        assert await until(children, 10)
+        assert await until(children, 30)
         children()[0].send_signal(signal.SIGKILL)
         with pytest.raises(DbtError, match="killed by SIGKILL; the machine may be out of memory"):
             await running
@@ -458,10 +459,10 @@ class TestTheEnd:
             stderr=subprocess.DEVNULL,
         )
         try:
-            assert await until(lambda: children(parent.pid), 20)
+            assert await until(lambda: children(parent.pid), 60)
             (dbt,) = children(parent.pid)
             # It is at work once it holds the warehouse open.
-            assert await until(small.warehouse.exists, 20)
+            assert await until(small.warehouse.exists, 60)
             await asyncio.sleep(1)
         finally:
             parent.kill()
