@@ -38,7 +38,7 @@ from tasks.dbt_core import (
     dbt_build,
     dbt_plan,
 )
-from tests.small_dbt import Project, everything
+from tests.dbt_project import Project, everything
 
 # Prefect 3.8.8 leaves sockets of its API client to the garbage collector; a process that leaks still fails.
 pytestmark = [
