@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.logging import get_run_logger
@@ -46,7 +46,7 @@ def elt_chain(
     activations: list[HightouchSync] = [],  # noqa: B006 - never changed; a form shows it as an empty list
     notify: SlackNotify | None = None,
     allow_failure: AllowFailure = "none",
-    max_concurrency: int = Field(default=100, ge=1),
+    max_concurrency: Annotated[int, Field(ge=1)] = 100,
 ) -> EltReport:
     """Sync, transform, activate and tell, with failure following lineage.
 

@@ -7,6 +7,7 @@ server that the connections are on.
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from typing import Annotated
 
 from prefect import flow
 from pydantic import Field
@@ -32,7 +33,7 @@ from tasks.jobs import EventLoopTaskRunner, limit_concurrency
 @flow(name="sync-connections", task_runner=EventLoopTaskRunner(), on_cancellation=[cancel_open_jobs])
 def sync_connections(
     syncs: list[AirbyteSync],
-    max_concurrency: int = Field(default=100, ge=1),
+    max_concurrency: Annotated[int, Field(ge=1)] = 100,
     allow_failure: AllowFailure = "none",
 ) -> SyncReport:
     """Sync connections, each as a task run of its own; one that fails stops none of the others.
