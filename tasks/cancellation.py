@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -31,6 +32,9 @@ _VENDORS: dict[str, Callable[[str], Awaitable[JobVendor[Any]]]] = {
 }
 
 
+_AT_ONCE = 20
+
+
 async def cancel_open_jobs(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]) -> None:
     """An `on_cancellation` hook: cancel at the vendors what this run has started and not seen the end of.
 
@@ -40,10 +44,11 @@ async def cancel_open_jobs(flow: Flow[Any, Any], flow_run: FlowRun, state: State
     """
     log = flow_run_logger(flow_run, flow)
     journal = RunJournal(flow_run.id, None)
-    for entry in await journal.entries():
-        if not entry.open:
-            continue
-        outcome = await _cancel(entry)
+    slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def cancel(entry: Entry) -> None:
+        async with slots:
+            outcome = await _cancel(entry)
         log.warning("%s %s: %s", entry.vendor, entry.name, outcome)
         job = entry.handle
         result = JobResult(
@@ -57,14 +62,21 @@ async def cancel_open_jobs(flow: Flow[Any, Any], flow_run: FlowRun, state: State
         )
         await journal.record(entry.model_copy(update={"result": result}))
 
+    await asyncio.gather(*(cancel(entry) for entry in await journal.entries() if entry.open))
+
 
 async def _cancel(entry: Entry) -> str:
     if entry.block is None or entry.vendor not in _VENDORS:
         return "its credentials are in no saved block, so nobody but its own process could cancel it"
-    vendor = await _VENDORS[entry.vendor](entry.block)
-    async with vendor.session():
-        handle = entry.handle or await vendor.find(_request(entry), entry.marker, entry.since, entry.known)
-        return await cancel_job(vendor, handle) if handle else "no job was started"
+    try:
+        vendor = await _VENDORS[entry.vendor](entry.block)
+        async with vendor.session():
+            handle = entry.handle or await vendor.find(
+                _request(entry), entry.marker, entry.since, entry.known
+            )
+            return await cancel_job(vendor, handle) if handle else "no job was started"
+    except Exception as error:  # noqa: BLE001 - whatever it is, the other jobs are to be cancelled all the same
+        return f"it could not be cancelled and may go on ({error})"
 
 
 class _Request:
