@@ -331,10 +331,10 @@ class AirbyteApi(ApiClient):
         """One job."""
         return await self.get(f"/jobs/{job_id}", _JOB, retry=retry)
 
-    async def newest_jobs(self, connection_id: str) -> list[Job]:
+    async def newest_jobs(self, connection_id: str, *, retry: bool = True) -> list[Job]:
         """The newest jobs of a connection, newest first."""
         params = {"connectionId": connection_id, "limit": 20, "orderBy": _NEWEST_FIRST}
-        return (await self.get("/jobs", _JOBS, params)).readable
+        return (await self.get("/jobs", _JOBS, params, retry=retry)).readable
 
     async def jobs_since(self, created: datetime, *, pages: int) -> AsyncIterator[list[Job]]:
         """Pages of all jobs that were created since a time, newest first, at most so many pages."""

@@ -209,8 +209,9 @@ class HightouchApi(ApiClient):
         reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, {"runId": run_id}, retry=False)
         return next((run for run in reply.data if run.id == run_id), None)
 
-    async def runs(self, sync_id: str, *, limit: int = 20) -> list[SyncRun]:
+    async def runs(self, sync_id: str, *, limit: int = 20, retry: bool = True) -> list[SyncRun]:
         """The newest runs of a sync, newest first."""
         # The API does not state the direction of its order, so it is made here.
-        reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, {"limit": limit, "orderBy": "createdAt"})
+        params = {"limit": limit, "orderBy": "createdAt"}
+        reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, params, retry=retry)
         return sorted(reply.data, key=lambda run: run.created_at, reverse=True)

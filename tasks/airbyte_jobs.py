@@ -95,7 +95,7 @@ class AirbyteVendor:
     ) -> JobHandle | None:
         """The connection's first job of this kind that was created since then."""
         async with self._server.api() as api:
-            jobs = await api.newest_jobs(request.resource_id)
+            jobs = await api.newest_jobs(request.resource_id, retry=False)
             since = api.theirs(since)
             ours = [
                 job

@@ -158,7 +158,7 @@ class HightouchVendor:
     ) -> JobHandle | None:
         """The sync's first run that was created since then."""
         async with self._credentials.api() as api:
-            runs = await api.runs(request.resource_id)
+            runs = await api.runs(request.resource_id, retry=False)
             since = api.theirs(since)
             ours = [run for run in runs if run.created_at >= since and run.id not in known]
             if not ours:

@@ -30,7 +30,7 @@ from tasks.jobs.model import (
     JobTimeout,
     JobVendor,
 )
-from tasks.jobs.outcome import accept, cancel_job, judge, result_of
+from tasks.jobs.outcome import accept, cancel_job, final_status, judge, result_of
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import current_interrupt
 from tasks.jobs.watcher import JobWatcher, Log, watcher_for
@@ -86,8 +86,12 @@ async def wait_for_job(
                 age = _age(vendor, handle)
                 status = await watcher.wait(handle, policy, age=age, at_once=True, log=log)
         except TimeoutError:
-            message = f"it did not end in {policy.timeout:g} s; it was left running"
-            raise JobTimeout(result_of(vendor, request, JobState.FAILED, handle, message=message)) from None
+            ended = await final_status(vendor, handle)
+            if ended is None:
+                message = f"it did not end in {policy.timeout:g} s; it was left running"
+                result = result_of(vendor, request, JobState.FAILED, handle, message=message)
+                raise JobTimeout(result) from None
+            status = ended
     return accept(judge(vendor, request, policy, handle, status), policy, log)
 
 
@@ -225,8 +229,9 @@ class _Run(Generic[R]):
             if time.monotonic() >= give_up:
                 raise trouble
             self.log.warning("%s Trying again.", trouble)
-            pause = trouble.pause if isinstance(trouble, RateLimited) else min(pause * 2, 15.0)
-            await asyncio.sleep(min(pause, max(0.0, give_up - time.monotonic())))
+            wait = trouble.pause if isinstance(trouble, RateLimited) else pause
+            await asyncio.sleep(min(wait, max(0.0, give_up - time.monotonic())))
+            pause = min(pause * 2, 15.0)
 
     async def _send_start(self) -> JobHandle:
         """The start request. Shielded: one that is cut off in the middle leaves a job of unknown id."""
@@ -273,13 +278,14 @@ class _Run(Generic[R]):
 
     async def _find(self) -> JobHandle | None:
         """Look for the job of an intent, until the vendor must show it or the outage budget is spent."""
-        began = time.monotonic()
+        give_up = time.monotonic() + self.policy.outage
         shown_by: float | None = None
         while True:
             try:
                 found = await self._look()
             except TRANSIENT as error:
-                if time.monotonic() - began >= self.policy.outage:
+                left = give_up - time.monotonic()
+                if left <= 0:
                     raise VendorUnavailable(
                         error.vendor,
                         f"{error.message}, and a start request of ours may have been accepted",
@@ -288,7 +294,7 @@ class _Run(Generic[R]):
                         status=error.status,
                         guidance="A retry looks for that job before it starts another.",
                     ) from error
-                await asyncio.sleep(error.pause if isinstance(error, RateLimited) else 2.0)
+                await asyncio.sleep(min(left, error.pause if isinstance(error, RateLimited) else 2.0))
                 continue
             if found is not None:
                 return found
@@ -322,7 +328,10 @@ class _Run(Generic[R]):
                     log=self.log,
                 )
         except TimeoutError:
-            raise JobTimeout(await self._timed_out(handle)) from None
+            ended = await final_status(self.vendor, handle)
+            if ended is None:
+                raise JobTimeout(await self._timed_out(handle)) from None
+            status = ended
         result = judge(self.vendor, self.request, self.policy, handle, status)
         await self._close(result)
         return accept(result, self.policy, self.log)

@@ -225,7 +225,7 @@ class JobVendor(Protocol[RequestT]):
     async def find(
         self, request: JobRequest, marker: str, since: datetime, known: Sequence[str]
     ) -> JobHandle | None:
-        """The job that an earlier `start` of ours made, or None.
+        """The job that an earlier `start` of ours made, or None. One look: the engine repeats it.
 
         Args:
             request: What was to be run; only `resource_id` and `operation` are used.

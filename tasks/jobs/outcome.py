@@ -20,6 +20,7 @@ from tasks.jobs.model import (
 )
 from tasks.jobs.watcher import Log
 
+_LAST_LOOK = 5.0  # seconds
 _CANCEL_PATIENCE = 15.0  # seconds for cancelling at the vendor; a worker kills us after 30
 
 
@@ -75,6 +76,19 @@ def result_of(
         duration=status.duration if status else None,
         attempts=status.attempts if status else None,
     )
+
+
+async def final_status(vendor: JobVendor[Any], handle: JobHandle) -> JobStatus | None:
+    """How a job has ended by the time that we stop waiting for it; None if it has not, as far as we know.
+
+    Between two looks at an old job lie up to `poll_cap` seconds, in which it may well have ended.
+    """
+    try:
+        async with asyncio.timeout(_LAST_LOOK):
+            status = (await vendor.observe([handle])).get(handle.job_id)
+    except (TimeoutError, VendorError):
+        return None
+    return status if isinstance(status, JobStatus) and status.state.terminal else None
 
 
 async def cancel_job(vendor: JobVendor[Any], handle: JobHandle) -> str:
