@@ -4,8 +4,8 @@ For the daily load, and for a load that an event asks for. Its blocks: an Airbyt
 Credentials, and a Slack Incoming Webhook per channel.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `serve()` sends the flow to its process as a pickle, in which
+# the types of its parameters are found only if they are more than text.
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated, Any
@@ -75,8 +75,6 @@ def elt_chain(
     limit_concurrency(max_concurrency)
     began = datetime.now(UTC)
     try:
-        names = [(s.connection_id, s.name) for s in syncs] + [(a.sync_id, a.name) for a in activations]
-        check_rule(allow_failure, names)
         # All at the same time; whichever finds something, nothing has been started yet.
         looking_up = check_syncs(syncs)
         planning = submit(dbt_plan, transform) if transform else None
@@ -87,6 +85,8 @@ def elt_chain(
         activations = checking.result() if checking else []
         if webhooks:
             webhooks.result()
+        in_run = [(found.sync.connection_id, found.sync.name) for found in checked]
+        check_rule(allow_failure, in_run + [(sync.sync_id, sync.name) for sync in activations])
     except KNOWN_ERRORS as error:
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
 

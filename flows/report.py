@@ -31,7 +31,7 @@ _MARKS = {
     StepState.FAILED: "✗",
     StepState.CANCELLED: "✗",
     StepState.SKIPPED: "-",
-    StepState.HELD: "⏸",
+    StepState.HELD: "○",
 }
 
 
@@ -242,7 +242,7 @@ def _roots(end: str, above: dict[str, list[str]]) -> set[str]:
     return {box for box in seen if box not in above}
 
 
-_KIND_MARKS = {"ok": "✓", "warn": "◐", "failed": "✗", "held": "⏸"}
+_KIND_MARKS = {"ok": "✓", "warn": "◐", "failed": "✗", "held": "○"}
 
 
 def _plain(box: tuple[str, str]) -> str:
@@ -324,7 +324,7 @@ def messages(report: EltReport, *, always: bool) -> list[Message]:
             return []
         lines = [f"*{report.ending}* {link}", *(escape(step.line) for step in report.steps)]
         return [Message(owner=None, text="\n".join(lines))]
-    held = [f"⏸ held back: *{escape(s.name)}* ({escape(s.message or '')})" for s in report.held]
+    held = [f"○ held back: *{escape(s.name)}* ({escape(s.message or '')})" for s in report.held]
     return [
         Message(owner=owner, text="\n".join([f"*{report.ending}* {link}", *lines, *held]))
         for owner, lines in troubles.items()

@@ -4,8 +4,8 @@ For when the warehouse is built elsewhere, or for an extra load by hand. Its blo
 server that the connections are on.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations` here: `serve()` sends the flow to its process as a pickle, in which
+# the types of its parameters are found only if they are more than text.
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -57,8 +57,8 @@ def sync_connections(
     limit_concurrency(max_concurrency)
     began = datetime.now(UTC)
     try:
-        check_rule(allow_failure, ((sync.connection_id, sync.name) for sync in syncs))
         checked = checked_syncs(check_syncs(syncs), allow_failure)
+        check_rule(allow_failure, ((found.sync.connection_id, found.sync.name) for found in checked))
     except KNOWN_ERRORS as error:
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
     outcomes = run_syncs(checked)
