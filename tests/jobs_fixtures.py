@@ -32,9 +32,9 @@ def collected() -> Iterator[None]:
     gc.collect()
 
 
-async def until(happened: Callable[[], bool]) -> None:
+async def until(happened: Callable[[], bool], within: float = 10) -> None:
     """Wait for what happens in the sandbox's thread."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(within):
         while not happened():  # noqa: ASYNC110 - another thread could not set an asyncio.Event
             await asyncio.sleep(0.01)
 
