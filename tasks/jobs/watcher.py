@@ -113,7 +113,20 @@ class JobWatcher:
             now = self._clock()
             due = [watch for watch in self._watches if watch.due <= now + 0.05]
             if due:
-                await self._look(due)
+                await self._look([*due, *self._along(due, now)])
+
+    def _along(self, due: list[_Watch], now: float) -> list[_Watch]:
+        """Those that would be due at the next beat: seen now, they cost no look of their own.
+
+        So jobs that fell into different beats while a look was slow come together again.
+        """
+        beat = min(watch.policy.poll for watch in due)
+        return [
+            watch
+            for watch in self._watches.difference(due)
+            # A vendor may not show a job in the first moment.
+            if watch.due <= now + 1.5 * beat and now - watch.born >= beat / 2
+        ]
 
     async def _look(self, due: list[_Watch]) -> None:
         try:
