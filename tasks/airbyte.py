@@ -5,6 +5,7 @@ Vendor documentation: https://reference.airbyte.com/reference/getting-started
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -33,6 +34,7 @@ from tasks.jobs import (
     cancel_job,
     run_job,
     wait_for_job,
+    watcher_for,
     without_traceback,
 )
 
@@ -142,13 +144,13 @@ async def airbyte_check(syncs: list[AirbyteSync]) -> list[Checked]:
         servers[server.account] = server
         accounts.append(server.account)
     pairs = list(zip(accounts, (sync.connection_id for sync in syncs), strict=True))
-    if twice := sorted(
-        {connection for account, connection in pairs if pairs.count((account, connection)) > 1}
-    ):
+    if twice := sorted(connection for (_, connection), count in Counter(pairs).items() if count > 1):
         raise InputError(f"Connection {', '.join(twice)} is listed more than once. Nothing was started.")
     known: dict[tuple[Hashable, str], Connection] = {}
     for account, server in servers.items():
         wanted = [connection for of, connection in pairs if of == account]
+        # What is read here, and the token, serve the syncs that follow on this loop.
+        await watcher_for(AirbyteVendor(server))
         async with server.api() as api:
             if len(wanted) > _FEW:
                 known.update(((account, c.id), c) for c in await api.connections())
