@@ -25,7 +25,7 @@ from pydantic import (
 
 from blocks.airbyte import AirbyteServer, Connection
 from blocks.http import NotFoundError
-from blocks.reference import block_name, load_block
+from blocks.reference import load_block, stored_block
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor, Operation, refuse_unless_active
 from tasks.jobs import (
     InputError,
@@ -33,6 +33,7 @@ from tasks.jobs import (
     JobResult,
     cancel_job,
     run_job,
+    tag_run,
     wait_for_job,
     watcher_for,
     without_traceback,
@@ -89,9 +90,7 @@ class AirbyteSync(BaseModel):
     @field_serializer("server", mode="wrap")
     def _by_name(self, server: AirbyteServer | str, handler: SerializerFunctionWrapHandler) -> Any:
         # What is stored with a flow run must work in a retry of it, and hold no secret.
-        if isinstance(server, AirbyteServer) and (name := block_name(server, AirbyteServer)):
-            return name
-        return handler(server)
+        return stored_block(server, AirbyteServer, handler)
 
     @property
     def resource_id(self) -> str:
@@ -207,6 +206,7 @@ async def _vendor(server: AirbyteServer | str) -> AirbyteVendor:
 
 
 async def _run(sync: AirbyteSync, operation: Operation) -> JobResult:
+    tag_run("airbyte")
     vendor = await _vendor(sync.server)
     async with vendor.session():
         try:
@@ -224,7 +224,7 @@ async def _run(sync: AirbyteSync, operation: Operation) -> JobResult:
         return await run_job(vendor, request, policy)
 
 
-@task(name="airbyte-sync", task_run_name=_run_name("sync"), tags=["airbyte"], cache_policy=NO_CACHE)
+@task(name="airbyte-sync", task_run_name=_run_name("sync"), cache_policy=NO_CACHE)
 async def airbyte_sync(sync: AirbyteSync) -> JobResult:
     """Sync one connection and wait for its end.
 
@@ -245,7 +245,7 @@ async def airbyte_sync(sync: AirbyteSync) -> JobResult:
     return await _run(sync, "sync")
 
 
-@task(name="airbyte-clear", task_run_name=_run_name("clear"), tags=["airbyte"], cache_policy=NO_CACHE)
+@task(name="airbyte-clear", task_run_name=_run_name("clear"), cache_policy=NO_CACHE)
 async def airbyte_clear(sync: AirbyteSync, *, reset: bool = False) -> JobResult:
     """Delete what a connection has loaded, and its state, so that its next sync loads everything anew.
 

@@ -27,7 +27,7 @@ from pydantic import (
 
 from blocks.hightouch import HightouchApi, HightouchCredentials, Sync, SyncRun
 from blocks.http import NotFoundError, VendorError
-from blocks.reference import block_name, load_block
+from blocks.reference import block_name, load_block, stored_block
 from tasks.jobs import (
     InputError,
     JobHandle,
@@ -37,6 +37,7 @@ from tasks.jobs import (
     JobState,
     JobStatus,
     run_job,
+    tag_run,
     without_traceback,
 )
 
@@ -89,11 +90,7 @@ class HightouchSync(BaseModel):
         self, credentials: HightouchCredentials | str, handler: SerializerFunctionWrapHandler
     ) -> Any:
         # What is stored with a flow run must work in a retry of it, and hold no secret.
-        if isinstance(credentials, HightouchCredentials) and (
-            name := block_name(credentials, HightouchCredentials)
-        ):
-            return name
-        return handler(credentials)
+        return stored_block(credentials, HightouchCredentials, handler)
 
     @property
     def resource_id(self) -> str:
@@ -321,7 +318,7 @@ def _run_name() -> str:
     return f"activate {sync.label if isinstance(sync, HightouchSync) else ''}"
 
 
-@task(name="hightouch-sync", task_run_name=_run_name, tags=["hightouch"], cache_policy=NO_CACHE)
+@task(name="hightouch-sync", task_run_name=_run_name, cache_policy=NO_CACHE)
 async def hightouch_sync(sync: HightouchSync) -> JobResult:
     """Run one Hightouch sync and wait for its end.
 
@@ -341,6 +338,7 @@ async def hightouch_sync(sync: HightouchSync) -> JobResult:
             left running: Hightouch has no way to cancel it.
         VendorError: The API refused, or was out of reach for longer than `policy.outage`.
     """
+    tag_run("hightouch")
     without_traceback()
     credentials = await load_block(HightouchCredentials, sync.credentials)
     async with credentials.api() as api:

@@ -20,6 +20,7 @@ from tasks.jobs.model import (
 from tasks.jobs.outcome import cancel_job
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
+from tasks.jobs.tags import tag_run
 from tasks.jobs.watcher import JobWatcher, watcher_for
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "limit_concurrency",
     "read_entries",
     "run_job",
+    "tag_run",
     "wait_for_job",
     "watcher_for",
     "without_traceback",
