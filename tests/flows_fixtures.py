@@ -1,0 +1,82 @@
+"""Flows against a sandbox: blocks that are saved, and flow runs that can be run again under the same id."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+from uuid import UUID
+
+import pytest
+from prefect import Flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import State, TaskRun
+from prefect.flow_engine import run_flow
+from prefect.states import AwaitingRetry
+from prefect_slack import SlackWebhook
+
+from blocks import AirbyteServer, HightouchCredentials
+from sandbox import Sandbox, catalog
+from tests.sandbox_fixtures import IDS, box, sources
+
+__all__ = ["IDS", "Runs", "box", "runs", "save_blocks", "sources", "starts", "sync_parameters", "task_runs"]
+
+
+def save_blocks(box: Sandbox) -> None:
+    """The blocks that the parameters name, pointing at this sandbox."""
+    AirbyteServer(
+        base_url=box.airbyte_url, client_id=catalog.CLIENT_ID, client_secret=catalog.CLIENT_SECRET
+    ).save("airbyte", overwrite=True)
+    HightouchCredentials(api_key=catalog.HIGHTOUCH_API_KEY, base_url=box.hightouch_url).save(
+        "hightouch", overwrite=True
+    )
+    for channel in catalog.WEBHOOKS:
+        SlackWebhook(url=box.slack_url(channel)).save(channel, overwrite=True)
+
+
+def sync_parameters(*names: str, **policy: Any) -> list[dict[str, Any]]:
+    """Syncs as a deployment has them: JSON, with the server by name."""
+    policy = {"poll": 0.1, **policy}
+    return [{"server": "airbyte", "connection_id": IDS[name], "policy": policy} for name in names or IDS]
+
+
+def starts(box: Sandbox) -> int:
+    """How many jobs Airbyte was asked to start."""
+    return box.requests.count(vendor="airbyte", method="POST", path="/jobs$")
+
+
+class Runs:
+    """Flow runs as a server knows them: created first, then run, and run again after a failure."""
+
+    def create(self, flow: Flow[..., Any], parameters: dict[str, Any]) -> UUID:
+        with get_client(sync_client=True) as client:
+            return client.create_flow_run(flow, parameters=parameters).id
+
+    def run(self, flow: Flow[..., Any], run_id: UUID) -> State[Any]:
+        """Run it, or run it again, with the parameters that the server has stored."""
+        with get_client(sync_client=True) as client:
+            if client.read_flow_run(run_id).run_count:
+                client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
+            flow_run = client.read_flow_run(run_id)
+        state = run_flow(flow, flow_run=flow_run, parameters=flow_run.parameters, return_type="state")
+        assert isinstance(state, State)
+        return state
+
+
+@pytest.fixture
+def runs(box: Sandbox) -> Runs:
+    save_blocks(box)
+    return Runs()
+
+
+def task_runs(run_id: UUID, *, until: int) -> list[TaskRun]:
+    """The run's task runs, once the server has recorded so many with an end."""
+    of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
+    deadline = time.monotonic() + 20
+    with get_client(sync_client=True) as client:
+        while True:
+            found = client.read_task_runs(flow_run_filter=of_run, limit=200)
+            ended = [run for run in found if run.state and run.state.is_final()]
+            if len(ended) >= until or time.monotonic() > deadline:
+                return ended
+            time.sleep(0.2)
