@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -63,3 +64,20 @@ def block_name(block: Block | str, kind: type[Block]) -> str | None:
     """`slug/name` of a saved block, by which another process can load it; None for one that is not saved."""
     name = block if isinstance(block, str) else block._block_document_name  # noqa: SLF001 - no public way
     return f"{kind.get_block_type_slug()}/{name.rsplit('/', 1)[-1]}" if name else None
+
+
+def stored_block(block: Block | str, kind: type[Block], handler: Callable[[Any], Any]) -> Any:
+    """What is stored of a block in a flow run's parameters: its name, or its fields without the secrets.
+
+    Args:
+        block: The block or its name.
+        kind: Its class.
+        handler: How pydantic would write it.
+    """
+    if isinstance(block, kind) and (name := block_name(block, kind)):
+        return name
+    stored = handler(block)
+    if isinstance(stored, dict):
+        # To read this one back, Prefect imports every collection that is installed, which takes seconds.
+        stored.pop("block_type_slug", None)
+    return stored

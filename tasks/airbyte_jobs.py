@@ -194,7 +194,7 @@ def _status(job: Job) -> JobStatus:
         word=job.status,
         rows=job.rows_synced,
         bytes=job.bytes_synced,
-        duration=job.duration.total_seconds() if job.duration else None,
+        duration=None if job.duration is None else job.duration.total_seconds(),
         message=message,
     )
 
