@@ -1,0 +1,430 @@
+"""Hightouch's task and block: its states, its ids, its silences, and a cancellation that does not exist."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import duckdb
+import pytest
+from jobs_fixtures import PREFECTS_SOCKETS, collected, until
+from prefect import flow
+from pydantic import SecretStr, TypeAdapter, ValidationError
+
+from blocks import HightouchCredentials
+from blocks.hightouch import SyncRun
+from blocks.http import AuthError, BadReply, VendorError, VendorUnavailable
+from sandbox import Sandbox, catalog
+from tasks.hightouch import HightouchSync, HightouchVendor, _status, hightouch_check, hightouch_sync
+from tasks.jobs import (
+    Entry,
+    InputError,
+    JobCancelled,
+    JobFailed,
+    JobHandle,
+    JobPolicy,
+    JobResult,
+    JobState,
+    JobStatus,
+    JobTimeout,
+    MemoryJournal,
+    run_job,
+)
+
+__all__ = ["collected"]
+
+pytestmark = [
+    *PREFECTS_SOCKETS,
+    # Prefect's, on every line that a task outside of a flow logs.
+    pytest.mark.filterwarnings("ignore:.*without a flow run id:UserWarning"),
+]
+SYNC = 101
+TABLE = "marts.mart_carrier_scorecard"
+
+
+@pytest.fixture
+def box(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
+    """A sandbox whose warehouse has ten rows for each sync."""
+    monkeypatch.setattr(HightouchVendor, "grace", 0.4)
+    with duckdb.connect(str(sandbox.warehouse.path)) as warehouse:
+        warehouse.execute("CREATE SCHEMA marts")
+        for spec in catalog.SYNCS:
+            warehouse.sql("SELECT range AS n FROM range(10)").create(spec.table)
+    return sandbox
+
+
+@pytest.fixture
+def credentials(box: Sandbox) -> HightouchCredentials:
+    return HightouchCredentials(api_key=SecretStr(catalog.HIGHTOUCH_API_KEY), base_url=box.hightouch_url)
+
+
+def sync(credentials: HightouchCredentials | str, sync_id: Any = SYNC, **policy: Any) -> HightouchSync:
+    settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
+    return HightouchSync(credentials=credentials, sync_id=sync_id, policy=settings)
+
+
+class _Request:
+    resource_id = str(SYNC)
+    operation = "sync"
+    name = "crm"
+    owner = None
+    full_resync = False
+
+
+async def run(credentials: HightouchCredentials, journal: MemoryJournal, **policy: Any) -> JobResult:
+    """One attempt; attempts with one journal are retries of each other."""
+    settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
+    return await run_job(HightouchVendor(credentials), _Request(), settings, journal=journal)  # type: ignore[arg-type]
+
+
+def triggers(box: Sandbox) -> int:
+    return box.requests.count(vendor="hightouch", method="POST")
+
+
+def run_ids(box: Sandbox) -> list[str]:
+    return [str(run.run_id) for run in box.hightouch.runs_of(SYNC)]
+
+
+# -- states
+
+
+@pytest.mark.parametrize(
+    ("outcome", "state", "error"),
+    [
+        ("succeed", JobState.SUCCEEDED, None),
+        ("zero_rows", JobState.SUCCEEDED, None),
+        ("warn", JobState.PARTIAL, None),
+        ("fail", JobState.FAILED, JobFailed),
+        ("interrupt", JobState.FAILED, JobFailed),
+        ("cancel", JobState.CANCELLED, JobCancelled),
+    ],
+)
+async def test_states(
+    box: Sandbox,
+    credentials: HightouchCredentials,
+    outcome: str,
+    state: JobState,
+    error: type[Exception] | None,
+) -> None:
+    """Each of Hightouch's ends has its class: a warning is partial, interrupted is a failure."""
+    box.hightouch.set(SYNC, outcome=outcome)
+    if error is None:
+        result = await hightouch_sync(sync(credentials))
+    else:
+        with pytest.raises(error) as caught:
+            await hightouch_sync(sync(credentials))
+        result = caught.value.result  # type: ignore[attr-defined]
+        assert result.message
+    assert result.state is state
+    assert [result.job_id] == run_ids(box)
+    assert result.url
+    assert result.url.endswith(f"/{catalog.HIGHTOUCH_WORKSPACE_ID}/syncs/{SYNC}/runs/{result.job_id}")
+    assert (result.name, result.owner) == ("carrier-scorecard-to-crm", "flight-ops")
+    if outcome == "succeed":
+        assert (result.rows, result.rows_rejected, result.bytes) == (10, 0, None)
+        assert result.duration is not None
+
+
+async def test_every_word_of_the_contract_is_known() -> None:
+    """All states of the contract are known words; any other is not an end."""
+
+    def status(word: str) -> JobStatus:
+        return _status(
+            TypeAdapter(SyncRun).validate_python({"id": 1, "status": word, "createdAt": "2022-02-08"})
+        )
+
+    going_on = ["queued", "pending", "querying", "processing", "reporting"]
+    ends = ["success", "warning", "failed", "cancelled", "interrupted"]
+    assert all(status(word).known for word in going_on + ends)
+    assert [word for word in going_on + ends if status(word).state.terminal] == ends
+    strange = status("completed_with_errors")
+    assert (strange.known, strange.state.terminal) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("on_partial", "passes", "level"),
+    [
+        (None, True, logging.WARNING),
+        ("warn", True, logging.WARNING),
+        ("ok", True, logging.INFO),
+        ("fail", False, None),
+    ],
+)
+async def test_what_a_warning_is(
+    box: Sandbox,
+    credentials: HightouchCredentials,
+    caplog: pytest.LogCaptureFixture,
+    on_partial: Any,
+    passes: bool,
+    level: int | None,
+) -> None:
+    """Rejected rows are a warning by default, and what the policy says else; they are counted either way."""
+    box.hightouch.set(SYNC, outcome="warn")
+    with caplog.at_level(logging.INFO, "elt.jobs"):
+        if passes:
+            result = await run(credentials, MemoryJournal(), on_partial=on_partial)
+        else:
+            with pytest.raises(JobFailed) as caught:
+                await run(credentials, MemoryJournal(), on_partial=on_partial)
+            result = caught.value.result
+    assert (result.rows, result.rows_rejected, result.good) == (9, 1, passes)
+    assert "1 rows were rejected" in str(result.message)
+    levels = [record.levelno for record in caplog.records if "rejected" in record.message]
+    assert levels == ([level] if level else [])
+
+
+async def test_an_unknown_word(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A word that is in no contract is waited through."""
+    box.hightouch.set(SYNC, outcome="unknown_word", word="completed_with_errors", word_seconds=0.3)
+    assert (await hightouch_sync(sync(credentials))).state is JobState.SUCCEEDED
+
+
+async def test_a_run_that_is_not_visible_yet(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """An empty list of runs right after the trigger is waited through, not an error."""
+    box.hightouch.set(SYNC, visibility_delay=0.3)
+    result = await hightouch_sync(sync(credentials))
+    assert [result.job_id] == run_ids(box)
+
+
+async def test_a_run_that_never_shows(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A run that stays invisible beyond grace and budget is an error that names it."""
+    box.hightouch.set(SYNC, visibility_delay=60)
+    with pytest.raises(VendorUnavailable, match=r"not in its replies.*was not touched") as caught:
+        await hightouch_sync(sync(credentials, outage=0.5))
+    assert run_ids(box)[0] in str(caught.value)
+
+
+def test_ids_are_text_whatever_they_come_as() -> None:
+    """Ids are numbers in some replies and text in others; nulls and missing counts are borne."""
+    base = {"status": "success", "createdAt": "2022-02-08T16:11:04.712Z"}
+    for run_id in (6134, "6134"):
+        found = SyncRun.model_validate(
+            {"id": run_id, **base, "startedAt": None, "successfulRows": {"addedCount": None}, "error": None}
+        )
+        assert found.id == "6134"
+        assert found.successful
+        assert found.successful.total == 0
+
+
+# -- starting
+
+
+async def test_a_lost_reply(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A trigger whose reply was lost is found among the runs, not sent again."""
+    box.faults.add(kind="drop_after", method="POST", path="/trigger$", times=1)
+    box.hightouch.set(SYNC, visibility_delay=0.2)
+    result = await run(credentials, MemoryJournal())
+    assert [result.job_id] == run_ids(box)
+    assert triggers(box) == 1
+
+
+async def test_a_retry_attaches(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A retry after an outage attaches to the run of the first attempt."""
+    journal = MemoryJournal()
+    box.hightouch.set(SYNC, duration=1.5)
+    first = asyncio.create_task(run(credentials, journal, outage=0.2))
+    await until(lambda: box.requests.count(vendor="hightouch", path="/runs") > 0)
+    box.pause()
+    with pytest.raises(VendorUnavailable, match="was not touched"):
+        await first
+    box.resume()
+    result = await run(credentials, journal)
+    assert [result.job_id] == run_ids(box)
+    assert triggers(box) == 1
+
+
+async def test_a_refusal_with_status_200(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A validation error that comes with 200 is a refusal: said at once, and nothing is looked for."""
+    body = {"message": "Validation failed", "details": {"syncId": {"message": "not yours"}}}
+    box.faults.add(kind="status", status=200, body=body, method="POST")
+    journal = MemoryJournal()
+    async with asyncio.timeout(3):
+        with pytest.raises(VendorError, match=r"Validation failed.*not yours") as caught:
+            await run(credentials, journal)
+    assert not isinstance(caught.value, BadReply)
+    assert triggers(box) == 1
+    assert all(not entry.open for entry in journal.entries.values())
+
+
+async def test_ours_comes_after_the_one_that_runs(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """While a run is in progress Hightouch queues one more: that one is ours, and its end is waited for."""
+    box.hightouch.set(SYNC, duration=0.6)
+    box.hightouch.trigger(SYNC)
+    result = await hightouch_sync(sync(credentials))
+    first, second = box.hightouch.runs_of(SYNC)
+    assert result.job_id == str(second.run_id)
+    assert first.status == "success"
+
+
+@pytest.mark.parametrize("disabled_late", [False, True])
+async def test_disabled(box: Sandbox, credentials: HightouchCredentials, disabled_late: bool) -> None:
+    """A disabled sync is refused before it is triggered; enabled again, it runs."""
+    async with credentials.api() as api:  # one client, which remembers what it has read
+        if disabled_late:
+            await api.sync(str(SYNC))
+        box.hightouch.set(SYNC, disabled=True)
+        with pytest.raises((InputError, VendorError), match="disabled"):
+            await hightouch_sync(sync(credentials))
+        box.hightouch.set(SYNC, disabled=False)
+        assert (await hightouch_sync(sync(credentials))).state is JobState.SUCCEEDED
+    assert len(run_ids(box)) == 1
+
+
+# -- no way to cancel
+
+
+async def test_a_timeout_says_that_it_goes_on(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """At the timeout the error says that Hightouch can't cancel, and names the run and its page."""
+    box.hightouch.set(SYNC, outcome="stuck")
+    with pytest.raises(JobTimeout, match=r"hightouch can't cancel; it goes on.*/runs/") as caught:
+        await hightouch_sync(sync(credentials, timeout=0.6))
+    assert f"job {run_ids(box)[0]}" in str(caught.value)
+
+
+async def test_a_cancellation_says_that_it_goes_on(
+    box: Sandbox, credentials: HightouchCredentials, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cancelled in mid-run, the log says with a link that the run goes on."""
+    box.hightouch.set(SYNC, duration=5)
+    journal = MemoryJournal()
+    waiting = asyncio.create_task(run(credentials, journal))
+    await until(lambda: box.requests.count(vendor="hightouch", path="/runs") > 0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert "hightouch can't cancel; it goes on. http" in caplog.text
+    (entry,) = journal.entries.values()
+    assert isinstance(entry, Entry)
+    assert entry.result
+    assert entry.result.state is JobState.CANCELLED
+
+
+# -- many runs
+
+
+class _Many:
+    """A workspace of 250 syncs, as its list shows them, on top of the sandbox's HTTP."""
+
+    def __init__(self, box: Sandbox, credentials: HightouchCredentials) -> None:
+        for number in range(1000, 1250):
+            spec = catalog.SyncSpec(number, f"sync-{number}", TABLE, "n", "crm", "flight-ops")
+            known = box.hightouch.syncs[SYNC]
+            box.hightouch.syncs[number] = type(known)(spec, known.behaviour.model_copy())
+        self.box = box
+        self.vendor = HightouchVendor(credentials)
+        self.handles = [self.start(number) for number in range(1000, 1250)]
+
+    def start(self, number: int) -> JobHandle:
+        run = self.box.hightouch.trigger(number)
+        return JobHandle(
+            vendor="hightouch",
+            resource_id=str(number),
+            job_id=str(run.run_id),
+            started_at=datetime.now(UTC),
+        )
+
+    async def look(self) -> tuple[dict[str, Any], int]:
+        """What is seen of all runs, and how many requests that took."""
+        before = self.box.requests.count(vendor="hightouch")
+        seen = dict(await self.vendor.observe(self.handles))
+        return seen, self.box.requests.count(vendor="hightouch") - before
+
+
+async def test_many_runs_few_requests(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """While nothing moves, a look at 250 runs takes three requests; when one ends, one more."""
+    box.hightouch.settings.requests_per_10_seconds = None
+    box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
+    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    async with many.vendor.session():
+        await until(
+            lambda: all(run.status == "processing" for s in box.hightouch.syncs.values() for run in s.runs)
+        )
+        await many.look()  # the first look reads each run once
+        _, requests = await many.look()
+        assert requests == 3
+        box.hightouch.finish_run(int(many.handles[7].job_id), "interrupted")
+        seen, requests = await many.look()
+        assert requests == 4
+    states = {state.state for job_id, state in seen.items() if job_id != many.handles[7].job_id}
+    assert states == {JobState.RUNNING}
+    assert seen[many.handles[7].job_id].state is JobState.FAILED
+
+
+async def test_an_end_behind_the_next_run(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """Our run's end is seen although the sync is busy with the next run already."""
+    box.hightouch.settings.requests_per_10_seconds = None
+    box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
+    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    ours = many.handles[0]
+    async with many.vendor.session():
+        await many.look()
+        many.start(1000)  # queued behind ours
+        box.hightouch.finish_run(int(ours.job_id), "interrupted")
+        await until(lambda: box.hightouch.runs_of(1000)[1].status == "processing")
+        seen, _ = await many.look()
+    assert box.hightouch.syncs[1000].reply()["status"] == "processing"
+    assert seen[ours.job_id].state is JobState.FAILED
+
+
+# -- input
+
+
+@pytest.mark.parametrize(
+    ("ids", "says"),
+    [((7,), "knows no sync 7"), ((101, 102, 101), "101 is listed more than once"), ((102,), "is disabled")],
+)
+async def test_check_refuses(
+    box: Sandbox, credentials: HightouchCredentials, ids: tuple[int, ...], says: str
+) -> None:
+    """An unknown, disabled or repeated sync is refused before anything is started."""
+    box.hightouch.set(102, disabled=says == "is disabled")
+    with pytest.raises(InputError, match=f"{says}.*[Nn]othing was started"):
+        await hightouch_check([sync(credentials, sync_id) for sync_id in ids])
+    assert triggers(box) == 0
+
+
+async def test_check_fills_in(credentials: HightouchCredentials) -> None:
+    """A check gives names and owners by slug and tag."""
+    checked = await hightouch_check([sync(credentials, 101), sync(credentials, "102")])
+    assert [(found.name, found.owner) for found in checked] == [
+        ("carrier-scorecard-to-crm", "flight-ops"),
+        ("weather-delays-to-braze", "weather-desk"),
+    ]
+
+
+@pytest.mark.parametrize("sync_id", ["crm", "", "1 2", True, None, -1])
+def test_a_sync_id_that_is_none(sync_id: Any) -> None:
+    """A sync is named by its number, as a number or as text."""
+    with pytest.raises(ValidationError):
+        HightouchSync(credentials="x", sync_id=sync_id)
+    assert HightouchSync.model_validate({"credentials": "x", "sync_id": 101}).sync_id == "101"
+
+
+@pytest.mark.parametrize("key", ["wrong-key", "**********"])
+def test_a_wrong_key_is_one_line(
+    credentials: HightouchCredentials, key: str, caplog: Any, capfd: Any
+) -> None:
+    """A wrong or a masked key is said in one line, without a traceback and without the key."""
+    wrong = credentials.model_copy(update={"api_key": SecretStr(key)})
+
+    @flow
+    async def activate() -> None:
+        await hightouch_sync(sync(wrong))
+
+    with pytest.raises(AuthError, match="masked.*save the block" if "*" in key else "Unauthorized"):
+        asyncio.run(activate())
+    seen = caplog.text + "".join(capfd.readouterr())
+    assert "Hightouch" in seen
+    assert "Traceback" not in seen
+    assert "wrong-key" not in seen
+
+
+async def test_html_is_not_hightouch(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A base URL of something else than the API is said at once."""
+    box.faults.add(kind="html", status=200)
+    async with asyncio.timeout(3):
+        with pytest.raises(BadReply, match="Check that the base URL"):
+            await hightouch_sync(sync(credentials))
