@@ -217,22 +217,13 @@ def test_deploying_again_changes_nothing(deployed: Runs) -> None:
 
 
 def test_manual_run_on_a_worker(worker: Runs, stage: Stage) -> None:
-    """A run by hand, with other parameters than the deployment's, goes to its end and leaves a report."""
+    """A run by hand syncs the connections that were left in the form, and no other."""
     reference = [{"server": "airbyte", "connection_id": IDS[name]} for name in ("airlines", "airports")]
-    run = worker.start(
-        CHAIN,
-        syncs=reference,
-        transform={"project_dir": "sandbox/dbt", "selector": "smoke"},
-        activations=[],
-    )
+    run = worker.start(BY_HAND, syncs=reference)
     ended = worker.ended(run)
     assert ended.state is not None
     assert ended.state.name == "Completed", ended.state.message
-    artifacts = worker.client.read_artifacts(
-        artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
-    )
-    assert "elt-report" in {artifact.key for artifact in artifacts}
-    assert [message.channel for message in stage.box.slack.messages] == [catalog.DEFAULT_CHANNEL]
+    assert "sync-report" in _artifacts(worker, run)
     assert _count(stage, "raw_airlines.airlines") == 16
     assert [len(stage.box.airbyte.jobs_of(name)) for name in ("airlines", "airports", "flights")] == [1, 1, 0]
 
@@ -265,9 +256,16 @@ def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
     assert [sync["connection_id"] for sync in ended.parameters["syncs"]] == ids
     assert ended.state is not None
     assert ended.state.name == "Completed", ended.state.message
-    assert _count(stage, "raw_flights.flights") == 336_776
+    assert "elt-report" in _artifacts(worker, ended.id)
+    assert _count(stage, "marts.fct_flights") == _count(stage, "raw_flights.flights") == 336_776
     for sync in catalog.SYNCS:
         assert [run.status for run in stage.box.hightouch.sync(sync.slug).runs] == ["success"]
+    assert catalog.DEFAULT_CHANNEL in {message.channel for message in stage.box.slack.messages}
+
+
+def _artifacts(runs: Runs, run: UUID) -> set[str | None]:
+    of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
+    return {artifact.key for artifact in runs.client.read_artifacts(artifact_filter=of_run)}
 
 
 def _count(stage: Stage, table: str) -> int:
