@@ -147,7 +147,9 @@ class AirbyteServer(Block):
 
     _block_type_name: ClassVar[str] = "Airbyte Server"
     _block_type_slug: ClassVar[str] = "airbyte-server"
-    _logo_url: ClassVar[HttpUrl | None] = HttpUrl("https://docs.airbyte.com/img/logo-dark.png")
+    _logo_url: ClassVar[HttpUrl | None] = HttpUrl(
+        "https://cdn.sanity.io/images/3ugk85nk/production/7f50097d1915fe75b0ee84c951c742a83d3c53cb-250x250.png"
+    )
     _documentation_url: ClassVar[HttpUrl | None] = HttpUrl(
         "https://reference.airbyte.com/reference/getting-started"
     )

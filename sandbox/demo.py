@@ -53,6 +53,7 @@ def run_demo(args: argparse.Namespace) -> int:
         print(f"There is no connection {', '.join(unknown)}; there are {', '.join(names)}.", file=sys.stderr)
         return 2
     began = time.monotonic()
+    _say(began, "starting a Prefect server and the sandbox")
     with Stage(args.state) as stage:
         os.environ.update(_QUIET)
         _say(began, f"Prefect  {stage.prefect_url}" + ("  (that of `make ui`)" if stage.shared else ""))
@@ -232,17 +233,16 @@ class _Account(logging.Handler):
             if ended and time.monotonic() - self._said > 2:
                 self._said = time.monotonic()
                 _say(self._began, f"dbt: {self._nodes} nodes done")
-            if "Failed" not in text or not ended:
+            if not (ended and "Failed" in text):
                 return
-        if ended and kind in ("sync", "activate", "dbt"):
-            return  # their own last line has said it
-        if (
-            text.startswith(("Beginning flow run", "Crash detected"))
-            or (record.name.endswith("flow_runs")
-            and ended)
-        ):
+        if text.startswith("Beginning flow run") or (ended and not step):
             return
-        _say(self._began, f"{step}: {text}" if step else text)
+        text = re.sub(r" http\S+", "", text).removeprefix("Task run failed with exception: ")
+        if kind in ("sync", "activate", "dbt"):
+            if not ended:  # their own last line says how they ended, with name and rows
+                _say(self._began, text)
+            return
+        _say(self._began, f"{step}: {text}".replace("Finished in state Completed()", "done"))
 
 
 def _say(began: float, text: str) -> None:

@@ -173,7 +173,7 @@ class _Run(Generic[R]):
         # However late it is: one look at least, for it may well have ended in the meantime.
         left = self.policy.timeout - _age(self.vendor, handle)
         self.deadline = time.monotonic() + max(_LAST_LOOK, left)
-        self.log.info("attached to %s job %s of an earlier attempt", self.vendor.name, handle.job_id)
+        self.log.info("%s: attached to job %s of an earlier attempt", self.request.name, handle.job_id)
         return handle
 
     async def _start(self, earlier: Entry | None) -> JobHandle | JobResult:
@@ -311,7 +311,8 @@ class _Run(Generic[R]):
 
     async def _started(self, handle: JobHandle) -> None:
         self.entry = self.entry.model_copy(update={"handle": handle})
-        self.log.info("%s job %s %s", self.vendor.name, handle.job_id, handle.url or "")
+        name, vendor = self.request.name, self.vendor.name
+        self.log.info("%s: %s job %s %s", name, vendor, handle.job_id, handle.url or "")
         await self._record()
 
     # -- waiting ------------------------------------------------------------------------------------------
@@ -338,7 +339,7 @@ class _Run(Generic[R]):
 
     def _tell(self, status: JobStatus) -> None:
         if not status.state.terminal:
-            self.log.info("%s", status.word)
+            self.log.info("%s: %s", self.request.name, status.word)
 
     async def _timed_out(self, handle: JobHandle) -> JobResult:
         message = f"it did not end in {self.policy.timeout:g} s"
