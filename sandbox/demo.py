@@ -170,7 +170,15 @@ def _chain(stage: Stage) -> Any:
 def _resumed() -> Any:
     """The newest run of the chain that has not ended, from where its journal says that it was."""
     from prefect.client.orchestration import get_client
-    from prefect.client.schemas.filters import FlowFilter, FlowFilterName, FlowRunFilter
+    from prefect.client.schemas.filters import (
+        FlowFilter,
+        FlowFilterName,
+        FlowRunFilter,
+        FlowRunFilterDeploymentId,
+        FlowRunFilterState,
+        FlowRunFilterStateType,
+    )
+    from prefect.client.schemas.objects import StateType
     from prefect.client.schemas.sorting import FlowRunSort
     from prefect.flow_engine import run_flow
     from prefect.states import AwaitingRetry
@@ -178,15 +186,20 @@ def _resumed() -> Any:
     from flows import elt_chain
     from tasks.jobs import InputError
 
+    unfinished = [StateType.RUNNING, StateType.PENDING, StateType.CRASHED, StateType.FAILED]
     with get_client(sync_client=True) as client:
         runs = client.read_flow_runs(
             flow_filter=FlowFilter(name=FlowFilterName(any_=[elt_chain.name])),
-            flow_run_filter=FlowRunFilter(),
+            flow_run_filter=FlowRunFilter(
+                # Begun and not ended well; those of the deployments are the worker's to retry.
+                state=FlowRunFilterState(type=FlowRunFilterStateType(any_=unfinished)),
+                deployment_id=FlowRunFilterDeploymentId(is_null_=True),
+            ),
             sort=FlowRunSort.START_TIME_DESC,
             limit=1,
         )
-        if not runs or (runs[0].state and runs[0].state.is_completed()):
-            raise InputError("There is no run to resume: the newest one ended well, or there is none.")
+        if not runs:
+            raise InputError("There is no run of the demo to resume: each has ended well, or there is none.")
         # What was killed is Running for ever as far as the server knows.
         client.set_flow_run_state(runs[0].id, AwaitingRetry(), force=True)
         run = client.read_flow_run(runs[0].id)
@@ -236,6 +249,9 @@ class _Account(logging.Handler):
             if not (ended and "Failed" in text):
                 return
         if text.startswith("Beginning flow run") or (ended and not step):
+            return
+        if not step:
+            _say(self._began, text)
             return
         text = re.sub(r" http\S+", "", text).removeprefix("Task run failed with exception: ")
         if kind in ("sync", "activate", "dbt"):
