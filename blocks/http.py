@@ -7,12 +7,14 @@ safe to repeat, `Retry-After`, a rate limit per account, and the errors of `bloc
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from copy import copy
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import cache
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -217,6 +219,12 @@ def _vendor_message(body: Any) -> str | None:
     return None
 
 
+@cache
+def _tls() -> ssl.SSLContext:
+    # One for all: reading the certificates holds the event loop up for 50 ms.
+    return httpx.create_ssl_context()
+
+
 class ApiClient:
     """An account's HTTP client: JSON in, typed documents out, errors as a small tree.
 
@@ -253,6 +261,7 @@ class ApiClient:
             base_url=base_url,
             auth=auth,
             headers={"Accept": "application/json", "User-Agent": "elt-flows", **(headers or {})},
+            verify=_tls(),
             # No pool timeout: waiting for one of our own connections is not a failure of the vendor.
             timeout=httpx.Timeout(read_timeout, connect=10.0, pool=None),
         )

@@ -25,9 +25,9 @@ PREFECTS_SOCKETS = [
 ]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def collected() -> Iterator[None]:
-    """Have what this test leaves behind found in this test."""
+    """Have what these tests leave behind found in the last of them."""
     yield
     gc.collect()
 
