@@ -45,7 +45,7 @@ class Desk:
     def __init__(self, sandbox: Sandbox, server: AirbyteServer) -> None:
         self.sandbox = sandbox
         self.vendor = AirbyteVendor(server)
-        self.connection_id = sandbox.airbyte.add_connections(1, duration=0.2)[0]
+        self.connection_id = sandbox.airbyte.add_connections(1, duration=0.1)[0]
         self.request = AirbyteRequest(self.connection_id, "sync", "orders", "sales")
         self.journal = MemoryJournal()
 
@@ -58,7 +58,7 @@ class Desk:
     async def run(self, *, operation: str = "sync", **policy: Any) -> JobResult:
         """One attempt. Attempts of one desk are retries of each other: they share a journal."""
         request = AirbyteRequest(self.connection_id, operation, "orders", "sales")
-        settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
+        settings = JobPolicy(**{"poll": 0.03, "timeout": 20.0, **policy})
         return await run_job(self.vendor, request, settings, journal=self.journal)
 
     def begin(self, **policy: Any) -> asyncio.Task[JobResult]:

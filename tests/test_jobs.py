@@ -210,7 +210,7 @@ async def test_a_bad_minute_is_not_a_failed_sync(desk: Desk, caplog: pytest.LogC
 
 async def test_an_outage_beyond_the_budget(desk: Desk) -> None:
     """When the budget is spent the error says that the job was left alone, and a retry attaches to it."""
-    desk.behave(duration=2.5)
+    desk.behave(duration=1.6)
     run = desk.begin(outage=0.4)
     await desk.until_started()
     desk.sandbox.pause()
@@ -247,9 +247,9 @@ async def test_credentials_that_are_withdrawn(desk: Desk) -> None:
     ("behaviour", "state"),
     [
         ({"outcome": "succeed"}, JobState.SUCCEEDED),
-        ({"outcome": "incomplete_then_succeed", "duration": 1.0}, JobState.SUCCEEDED),
-        ({"outcome": "succeed", "queued_seconds": 0.8}, JobState.SUCCEEDED),
-        ({"outcome": "unknown_word", "word": "paused", "word_seconds": 0.5}, JobState.SUCCEEDED),
+        ({"outcome": "incomplete_then_succeed", "duration": 0.5}, JobState.SUCCEEDED),
+        ({"outcome": "succeed", "queued_seconds": 0.4}, JobState.SUCCEEDED),
+        ({"outcome": "unknown_word", "word": "paused", "word_seconds": 0.3}, JobState.SUCCEEDED),
         ({"outcome": "fail"}, JobState.FAILED),
         ({"outcome": "cancel"}, JobState.CANCELLED),
     ],
@@ -368,9 +368,9 @@ async def test_rows_that_the_vendor_does_not_tell(desk: Desk) -> None:
 
 async def test_queue_behind_a_running_job(desk: Desk) -> None:
     """By default a running job is waited for and ours started after it: its data may be too old."""
-    desk.behave(duration=0.8)
+    desk.behave(duration=0.5)
     other = desk.start_by_hand()
-    result = await desk.run(timeout=1.5)
+    result = await desk.run(timeout=0.9)
     assert desk.jobs == [other, result.job_id], "and the time behind the other one is not ours"
 
 
@@ -395,7 +395,7 @@ async def test_running_already_with_no_job_to_be_seen(desk: Desk) -> None:
 
 async def test_adopt(desk: Desk) -> None:
     """Told to adopt, the running job is taken as ours: no start, its end is our end."""
-    desk.behave(duration=0.8)
+    desk.behave(duration=0.5)
     other = desk.start_by_hand()
     result = await desk.run(on_active="adopt")
     assert desk.jobs == [other] == [result.job_id]
@@ -403,7 +403,7 @@ async def test_adopt(desk: Desk) -> None:
 
 async def test_a_clear_is_never_adopted(desk: Desk) -> None:
     """A clear that is running is no sync: it is waited for, whatever the policy says."""
-    desk.behave(duration=0.8)
+    desk.behave(duration=0.5)
     other = desk.start_by_hand("clear")
     result = await desk.run(on_active="adopt")
     assert desk.jobs == [other, result.job_id]
@@ -412,7 +412,7 @@ async def test_a_clear_is_never_adopted(desk: Desk) -> None:
 
 async def test_skip(desk: Desk) -> None:
     """Told to skip, nothing is started and the result says so; it is no success."""
-    desk.behave(duration=0.8)
+    desk.behave(duration=0.5)
     other = desk.start_by_hand()
     result = await desk.run(on_active="skip")
     assert (result.state, result.good) == (JobState.SKIPPED, False)
@@ -422,7 +422,7 @@ async def test_skip(desk: Desk) -> None:
 
 async def test_fail(desk: Desk) -> None:
     """Told to fail, nothing is started and the error names the running job."""
-    desk.behave(duration=0.8)
+    desk.behave(duration=0.5)
     other = desk.start_by_hand()
     with pytest.raises(JobFailed, match=f"job {other} is running already, and the policy says fail"):
         await desk.run(on_active="fail")
