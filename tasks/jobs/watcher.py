@@ -83,6 +83,8 @@ class JobWatcher:
                 not know the job. The job itself was not touched.
         """
         now = self._clock()
+        if not self._watches:
+            self._origin = now  # else a lone job would be looked at up to half a beat late
         done: asyncio.Future[JobStatus] = asyncio.get_running_loop().create_future()
         watch = _Watch(handle, policy, on_change, log, now - age, done)
         if at_once:
