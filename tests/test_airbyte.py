@@ -10,7 +10,6 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from jobs_fixtures import PREFECTS_SOCKETS, Desk, collected, desk, until
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
@@ -33,6 +32,7 @@ from tasks.airbyte import (
     airbyte_wait,
 )
 from tasks.jobs import InputError, JobFailed, JobPolicy, JobState, JobTimeout
+from tests.jobs_fixtures import PREFECTS_SOCKETS, Desk, collected, desk, until
 
 __all__ = ["collected", "desk"]
 

@@ -7,10 +7,10 @@ import logging
 
 import anyio
 import pytest
-from jobs_fixtures import Desk, collected, desk, until
 from prefect import flow, task
 
 from tasks.jobs import JobPolicy, JobResult, JobState, cancel_job, wait_for_job
+from tests.jobs_fixtures import Desk, collected, desk, until
 
 __all__ = ["collected", "desk"]
 

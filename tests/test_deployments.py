@@ -15,19 +15,6 @@ from zoneinfo import ZoneInfo
 import duckdb
 import httpx
 import pytest
-from deployed import (
-    BY_HAND,
-    CHAIN,
-    REPOSITORY,
-    Runs,
-    Stage,
-    background,
-    deploy,
-    prefect,
-    saved_blocks,
-    specs,
-    until,
-)
 from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
@@ -43,6 +30,19 @@ from deployments.steps import change_to_repository
 from flows import elt_chain, sync_connections
 from sandbox import Sandbox, catalog
 from tasks.cancellation import cancel_open_jobs
+from tests.deployed import (
+    BY_HAND,
+    CHAIN,
+    REPOSITORY,
+    Runs,
+    Stage,
+    background,
+    deploy,
+    prefect,
+    saved_blocks,
+    specs,
+    until,
+)
 
 # A process for a run takes seconds to start, and a run of the chain builds the whole project.
 pytestmark = pytest.mark.timeout(240)

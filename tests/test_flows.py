@@ -315,7 +315,7 @@ def test_the_chain_lands_builds_activates_and_tells(box: Sandbox, runs: Runs, tm
         ("activation", StepState.SUCCEEDED),
         ("activation", StepState.SUCCEEDED),
     ]
-    names = {run.name for run in task_runs(run_id, until=12)}
+    names = {run.name for run in task_runs(run_id, until=14)}
     assert {
         "sync airlines",
         "sync airports",

@@ -10,7 +10,6 @@ from typing import Any
 
 import duckdb
 import pytest
-from jobs_fixtures import PREFECTS_SOCKETS, collected, until
 from prefect import flow
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
@@ -33,6 +32,7 @@ from tasks.jobs import (
     MemoryJournal,
     run_job,
 )
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
 
 __all__ = ["collected"]
 

@@ -10,7 +10,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from jobs_fixtures import Desk, desk
 from pydantic import ValidationError
 
 from blocks.http import AuthError, VendorUnavailable
@@ -24,6 +23,7 @@ from tasks.jobs import (
     JobState,
     JobTimeout,
 )
+from tests.jobs_fixtures import Desk, desk
 
 __all__ = ["desk"]
 

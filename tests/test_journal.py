@@ -11,7 +11,6 @@ from datetime import UTC, datetime
 from uuid import UUID, uuid4
 
 import pytest
-from jobs_fixtures import PREFECTS_SOCKETS, collected
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
@@ -20,6 +19,7 @@ from pydantic import ValidationError
 
 from tasks.jobs import Entry, JobHandle, JobResult, JobState, MemoryJournal, RunJournal, read_entries
 from tasks.jobs.journal import ARTIFACT_KEY
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["collected"]
 

@@ -571,7 +571,8 @@ def pool() -> Iterator[str]:
     try:
         with get_client(sync_client=True) as client:
             deadline = time.monotonic() + 60
-            while not client.request("POST", "/work_pools/filter", json={}).json():
+            named = {"work_pools": {"name": {"any_": [name]}}}  # other tests have pools of their own
+            while not client.request("POST", "/work_pools/filter", json=named).json():
                 assert time.monotonic() < deadline
                 time.sleep(0.5)
         yield name

@@ -13,14 +13,14 @@ from pathlib import Path
 from uuid import UUID
 
 import pytest
-from crash_flows import one_sync, run_again
-from jobs_fixtures import PREFECTS_SOCKETS, Desk, collected, desk, until
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.states import AwaitingRetry
 
 from tasks.airbyte import AirbyteSync, AirbyteVendor, airbyte_clear, airbyte_sync
 from tasks.jobs import JobFailed, JobPolicy, JobResult, JobState, read_entries, run_job
+from tests.crash_flows import one_sync, run_again
+from tests.jobs_fixtures import PREFECTS_SOCKETS, Desk, collected, desk, until
 
 __all__ = ["collected", "desk"]
 

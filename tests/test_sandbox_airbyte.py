@@ -13,10 +13,10 @@ from uuid import UUID
 import duckdb
 import httpx
 import pytest
-from sandbox_fixtures import IDS, airbyte, box, ended, job_id, new_token, sources, start, until
 
 from sandbox import Sandbox, catalog
 from sandbox.timeline import Work
+from tests.sandbox_fixtures import IDS, airbyte, box, ended, job_id, new_token, sources, start, until
 
 __all__ = ["airbyte", "box", "sources"]
 

@@ -9,9 +9,9 @@ from typing import Any
 import duckdb
 import httpx
 import pytest
-from sandbox_fixtures import box, hightouch, sources, until
 
 from sandbox import Sandbox
+from tests.sandbox_fixtures import box, hightouch, sources, until
 
 __all__ = ["box", "hightouch", "sources"]
 

@@ -18,9 +18,20 @@ from typing import Any
 import duckdb
 import httpx
 import pytest
-from sandbox_fixtures import IDS, airbyte, box, control, hightouch, job_id, new_token, sources, start, until
 
 from sandbox import Sandbox, catalog
+from tests.sandbox_fixtures import (
+    IDS,
+    airbyte,
+    box,
+    control,
+    hightouch,
+    job_id,
+    new_token,
+    sources,
+    start,
+    until,
+)
 
 __all__ = ["airbyte", "box", "control", "hightouch", "sources"]
 

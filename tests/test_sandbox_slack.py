@@ -6,9 +6,9 @@ from typing import Any
 
 import httpx
 import pytest
-from sandbox_fixtures import box, sources
 
 from sandbox import Sandbox
+from tests.sandbox_fixtures import box, sources
 
 __all__ = ["box", "sources"]
 

@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from jobs_fixtures import Desk, desk, until
 
 from blocks.http import NotFoundError, VendorError, VendorUnavailable
 from sandbox import Sandbox
 from tasks.airbyte_jobs import AirbyteVendor
 from tasks.jobs import JobHandle, JobPolicy, JobState, JobStatus, JobWatcher, watcher_for
+from tests.jobs_fixtures import Desk, desk, until
 
 __all__ = ["desk"]
 
