@@ -90,18 +90,20 @@ def generated_project(stage: Stage, models: int) -> Project:
     return Project(f"{models} trivial models", folder, stage.folder / f"generated-{models}.duckdb")
 
 
-def measure(stage: Stage, project: Project, pairs: int) -> DbtCost:
+def measure(stage: Stage, project: Project, pairs: int, *, warm: bool = True) -> DbtCost:
     """Build the project by turns both ways, from the same warm partial parse.
 
     Args:
         stage: Where it runs.
         project: What to build.
         pairs: How many pairs of measurements to take.
+        warm: Off: without the build before all, so that the first of the pairs has to parse.
 
     Raises:
         BenchError: A build failed, or the Prefect server did not show every node.
     """
-    _plain(stage, project)  # parses, and builds what is incremental
+    if warm:
+        _plain(stage, project)  # parses, and builds what is incremental
     ours: list[float] = []
     plain: list[float] = []
     for _ in range(pairs):

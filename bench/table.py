@@ -113,8 +113,8 @@ def as_text(sections: Sequence[Section], where: str) -> str:
     lines = [where, ""]
     head = ["", "target", "measured", "plain way", ""]
     for section in sections:
-        cells = [head, *(row.cells() for row in section.rows)]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(head))]
+        cells = [head, *(row.cells() for row in section.rows)] if section.rows else []
+        widths = [max((len(row[column]) for row in cells), default=0) for column in range(len(head))]
         widths[0] = max(widths[0], 28)
         lines.append(section.title)
         for row in cells:
@@ -129,7 +129,9 @@ def as_markdown(sections: Sequence[Section], where: str) -> str:
     """For `bench/results.md`."""
     lines = ["# Bench", "", f"`make bench` on {where}.", ""]
     for section in sections:
-        lines += [f"## {section.title}", "", "| | target | measured | plain way | |", "|---|---|---|---|---|"]
+        lines += [f"## {section.title}", ""]
+        if section.rows:
+            lines += ["| | target | measured | plain way | |", "|---|---|---|---|---|"]
         lines += [f"| {' | '.join(row.cells())} |" for row in section.rows]
         lines += ["", *(f"{note}  " for note in section.notes), ""]
     return "\n".join(lines)
