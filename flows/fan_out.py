@@ -128,16 +128,15 @@ def refuse(error: Exception) -> State[Any]:
     return Failed(message=str(error), data=error.with_traceback(None))
 
 
-def conclude(report: R, rule: AllowFailure, *, began: datetime, also_failed: bool = False) -> R:
+def conclude(report: R, rule: AllowFailure, *, began: datetime) -> R:
     """Fill in the ending of a report.
 
     Args:
         report: With its steps.
         rule: How much failure the run may bear.
         began: When the run began.
-        also_failed: Something went wrong that is in no step.
     """
-    good = all(step.good for step in report.steps) and not also_failed
+    good = all(step.good for step in report.steps)
     tolerated = bears(rule, report.steps)
     return report.model_copy(
         update={
