@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,14 +16,12 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 from sandbox import catalog
+from sandbox.stage import RECORDER_SETTINGS, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 _SERVER = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    # Without batches the server needs five times the CPU, which two cores would take from the flow.
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+    **RECORDER_SETTINGS,
 }
 
 
@@ -50,7 +47,7 @@ class Stage:
 
     def __enter__(self) -> Stage:
         if self._own_server:
-            port = _free_port()
+            port = free_port()
             self.api_url = f"http://127.0.0.1:{port}/api"
             command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
             self._server = self.spawn(command, "prefect-server")
@@ -116,7 +113,7 @@ class Stage:
     @contextmanager
     def sandbox(self, name: str, warehouse: Path | None = None) -> Iterator[SandboxControl]:
         """A fresh sandbox, whose requests and jobs are those of one measurement only."""
-        port = _free_port()
+        port = free_port()
         arguments = ["-m", "sandbox", "serve", "--port", str(port), "--job-seconds", "0.2"]
         arguments += ["--state", str(self.folder / "sandbox")]
         arguments += ["--warehouse", str(warehouse)] if warehouse else []
@@ -194,12 +191,6 @@ def _kind(method: str, path: str) -> str:
     if rest == "jobs":
         return "start" if method == "POST" else "list"
     return "get" if method == "GET" and rest.startswith("jobs/") else "other"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

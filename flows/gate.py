@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from tasks.airbyte import Checked
+from tasks.dbt.lineage import listed
 from tasks.dbt_core import DbtNode, DbtPlan, DbtState
 from tasks.hightouch import HightouchSync
 from tasks.jobs import JobResult
@@ -70,13 +71,14 @@ class Gate:
         if self.plan is None:
             return None
         if blind := [job.name for job in self.late if not self.sources[job.resource_id]]:
+            them = "it" if len(blind) == 1 else "them"
             return (
-                f"{_and(blind)} did not land, and no dbt source names {'it' if len(blind) == 1 else 'them'} "
+                f"{listed(blind)} did not land, and no dbt source names {them} "
                 "(meta.airbyte_connection_id) or has its schema and table, so everything may be built on it"
             )
         left = set(self.plan.selected) - self.plan.lineage.downstream(self.late_sources)
         if not left:
-            late = _and([job.name for job in self.late])
+            late = listed([job.name for job in self.late])
             return f"all that is selected is built on {late}, which did not land"
         return None
 
@@ -89,7 +91,7 @@ class Gate:
 
     def why_not_activate(self, sync: HightouchSync) -> str | None:
         """Why an activation is held back; None if all that it is built on is fresh."""
-        late = f"{_and([job.name for job in self.late])} did not land" if self.late else None
+        late = f"{listed([job.name for job in self.late])} did not land" if self.late else None
         if self.plan is None:
             return late
         if self.transform_trouble:
@@ -103,7 +105,3 @@ class Gate:
         if trouble:
             return f"{trouble}, and no dbt exposure says what this sync is built on (meta.hightouch_sync_id)"
         return None
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

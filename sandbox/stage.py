@@ -23,8 +23,9 @@ from sandbox.server import HOST, Sandbox
 PREFECT_PORT = 4210
 SANDBOX_PORT = 8010
 _START_SECONDS = 90.0
-_RECORDER = {
-    # One at a time, the default, the recorder is seconds behind with the task runs of a fan-out.
+RECORDER_SETTINGS = {
+    # One at a time, the default, the recorder is seconds behind with the task runs of a fan-out, and takes
+    # five times the CPU.
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
     "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
@@ -94,7 +95,7 @@ class PrefectServer:
                 env={
                     **os.environ,
                     **self.environment,
-                    **_RECORDER,
+                    **RECORDER_SETTINGS,
                     "PREFECT_UI_API_URL": self.api_url,
                     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
                 },

@@ -15,7 +15,7 @@ from blocks.hightouch import HightouchCredentials
 from blocks.reference import load_block
 from tasks.airbyte import AirbyteVendor
 from tasks.hightouch import HightouchVendor
-from tasks.jobs import Entry, JobRequest, JobResult, JobState, JobVendor, RunJournal, cancel_job
+from tasks.jobs import Entry, JobResult, JobState, JobVendor, RunJournal, cancel_job
 
 
 async def _airbyte(block: str) -> JobVendor[Any]:
@@ -72,7 +72,7 @@ async def _cancel(entry: Entry) -> str:
         vendor = await _VENDORS[entry.vendor](entry.block)
         async with vendor.session():
             handle = entry.handle or await vendor.find(
-                _request(entry), entry.marker, entry.since, entry.known
+                _Request(entry), entry.marker, entry.since, entry.known
             )
             return await cancel_job(vendor, handle) if handle else "no job was started"
     except Exception as error:  # noqa: BLE001 - whatever it is, the other jobs are to be cancelled all the same
@@ -86,8 +86,4 @@ class _Request:
         self.resource_id = entry.resource_id
         self.operation = entry.key.split(":")[1]
         self.name = entry.name
-        self.owner = None
-
-
-def _request(entry: Entry) -> JobRequest:
-    return _Request(entry)
+        self.owner: str | None = None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING
 import httpx
 import pytest
 
+from sandbox.stage import RECORDER_SETTINGS, free_port  # imports no prefect
+
 if TYPE_CHECKING:
     from blocks import AirbyteServer
     from sandbox import Sandbox
@@ -23,13 +24,7 @@ if TYPE_CHECKING:
 _HOME = tempfile.mkdtemp(prefix="elt-flows-tests-")
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-_PORT = _free_port()
+_PORT = free_port()
 API_URL = f"http://127.0.0.1:{_PORT}/api"
 os.environ.update(
     PREFECT_HOME=_HOME,
@@ -39,14 +34,6 @@ os.environ.update(
     PREFECT_LOGGING_LEVEL="INFO",
     DO_NOT_TRACK="1",
 )
-# Without batches the server is seconds behind with the task runs of a fan-out.
-SERVER_ENV = {
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-}
-
-
 from prefect.events.worker import EventsWorker  # noqa: E402 - after the settings
 from prefect.logging.handlers import APILogHandler  # noqa: E402
 
@@ -68,7 +55,7 @@ def prefect_server() -> Iterator[str]:
     ]
     server = subprocess.Popen(  # noqa: S603
         [*command, "--log-level", "WARNING"],
-        env={**os.environ, **SERVER_ENV},
+        env={**os.environ, **RECORDER_SETTINGS},
         stdout=log,
         stderr=subprocess.STDOUT,
     )

@@ -7,7 +7,7 @@ the schema and table of a source.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,13 +226,13 @@ class Lineage:
         return self._because(roots, direct, "did not build cleanly") if roots else None
 
     def _because(self, causes: set[str], direct: set[str], what: str) -> str:
-        names = _and(sorted({self.name_of(i) for i in causes}))
+        names = listed(sorted({self.name_of(i) for i in causes}))
         below = self.downstream(causes)
         through = sorted({self.name_of(i) for i in direct & below if i not in causes})
         if not through:
             return f"{names} {what}"
         verb = "is" if len(through) == 1 else "are"
-        return f"{names} {what}, and {_and(through)} {verb} built on {'it' if len(causes) == 1 else 'them'}"
+        return f"{names} {what}, and {listed(through)} {verb} built on {'it' if len(causes) == 1 else 'them'}"
 
     def exclude_selectors(self, source_ids: Iterable[str]) -> list[str]:
         """Words for --exclude that leave out all that is built on these sources: `source:raw.weather+`."""
@@ -284,5 +284,6 @@ def _texts(value: Any) -> set[str]:
     return {str(item).casefold() for item in many}
 
 
-def _and(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them: `a, b and c`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
