@@ -1,7 +1,7 @@
 """The whole chain as one run: syncs, then the dbt build, then activations, then the people.
 
-For the daily load, and for a load that an event asks for. Its blocks: an Airbyte Server, a Hightouch
-Credentials, and a Slack Incoming Webhook per channel.
+For the daily load, and for a load that an event asks for. Its blocks: one per account of each tool, and a
+Slack Incoming Webhook per channel.
 """
 
 # No `from __future__ import annotations` here: `serve()` sends the flow to its process as a pickle, in which
@@ -16,35 +16,35 @@ from pydantic import Field
 
 from flows.fan_out import (
     KNOWN_ERRORS,
-    check_syncs,
-    checked_syncs,
+    Checking,
     conclude,
     final_state,
-    map_each,
+    ids_and_names,
     publish,
     refuse,
-    run_syncs,
+    refuse_no_syncs,
+    run_each,
     steps_of,
     submit,
 )
 from flows.gate import Gate
+from flows.parameters import Activation, Notify, Sync, Transform
 from flows.picture import picture
 from flows.report import EltReport, Step, StepState, messages
 from flows.rules import AllowFailure, check_rule
-from tasks.airbyte import AirbyteSync
 from tasks.cancellation import cancel_open_jobs
-from tasks.dbt_core import DbtBuildFailed, DbtCore, DbtNode, DbtPlan, DbtResult, dbt_build, dbt_plan
-from tasks.hightouch import HightouchSync, hightouch_check, hightouch_sync
-from tasks.jobs import EventLoopTaskRunner, limit_concurrency
-from tasks.slack import SlackNotify, slack_check, slack_message
+from tasks.dbt.model import DbtBuildFailed, DbtNode, DbtPlan, DbtResult
+from tasks.jobs import Checked, EventLoopTaskRunner, limit_concurrency
+from tasks.slack import slack_check, slack_message
+from tasks.tools import TRANSFORMS
 
 
 @flow(name="elt-chain", task_runner=EventLoopTaskRunner(), on_cancellation=[cancel_open_jobs])
 def elt_chain(
-    syncs: list[AirbyteSync],
-    transform: DbtCore | None = None,
-    activations: list[HightouchSync] = [],  # noqa: B006 - never changed; a form shows it as an empty list
-    notify: SlackNotify | None = None,
+    syncs: list[Sync],
+    transform: Transform | None = None,
+    activations: list[Activation] = [],  # noqa: B006 - never changed; a form shows it as an empty list
+    notify: Notify | None = None,
     allow_failure: AllowFailure = "none",
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
 ) -> EltReport:
@@ -55,9 +55,9 @@ def elt_chain(
     reason. Safe to retry: nothing that succeeded is done again.
 
     Args:
-        syncs: The connections, each with its server, owner and policy.
+        syncs: The connections, each with its tool, account, owner and policy.
         transform: The dbt project, and what to build of it.
-        activations: The Hightouch syncs that run after it.
+        activations: What runs after it, each with its tool, account, owner and policy.
         notify: Who is told on Slack.
         allow_failure: How much failure the run may bear: `none`, `any`, `{"at_most": n}` or
             `{"required": [ids or names]}`. Only the final state depends on it.
@@ -76,30 +76,29 @@ def elt_chain(
     began = datetime.now(UTC)
     try:
         # All at the same time; whichever finds something, nothing has been started yet.
-        looking_up = check_syncs(syncs)
-        planning = submit(dbt_plan, transform) if transform else None
-        checking = submit(hightouch_check, activations) if activations else None
+        refuse_no_syncs(syncs)
+        checking, checking_activations = Checking(syncs), Checking(activations)
+        planning = submit(TRANSFORMS[transform.tool].plan, transform) if transform else None
         webhooks = submit(slack_check, notify) if notify else None
-        checked = checked_syncs(looking_up, allow_failure)
+        checked = checking.result(allow_failure)
         plan = planning.result() if planning else None
-        activations = checking.result() if checking else []
+        checked_activations = checking_activations.result(allow_failure)
         if webhooks:
             webhooks.result()
-        in_run = [(found.sync.connection_id, found.sync.name) for found in checked]
-        check_rule(allow_failure, in_run + [(sync.sync_id, sync.name) for sync in activations])
+        check_rule(allow_failure, ids_and_names([*checked, *checked_activations]))
     except KNOWN_ERRORS as error:
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
 
-    jobs = run_syncs(checked)
+    jobs = run_each(checked)
     gate = Gate(plan, checked, jobs)
     steps = steps_of(jobs)
     nodes: list[DbtNode] = []
     if transform and plan:
         step, nodes = _transform(transform, plan, gate)
         steps.append(step)
-    steps += _activate(activations, gate)
+    steps += _activate(checked_activations, gate)
 
-    boxes, edges = picture(gate, steps, activations, nodes)
+    boxes, edges = picture(gate, steps, [found.request for found in checked_activations], nodes)
     report = EltReport(steps=steps, nodes=nodes, held_nodes=gate.held_nodes(), boxes=boxes, edges=edges)
     report = conclude(report, allow_failure, began=began)
     publish(report, "elt-report")
@@ -108,7 +107,7 @@ def elt_chain(
     return final_state(report)  # type: ignore[no-any-return]
 
 
-def _transform(dbt: DbtCore, plan: DbtPlan, gate: Gate) -> tuple[Step, list[DbtNode]]:
+def _transform(dbt: Transform, plan: DbtPlan, gate: Gate) -> tuple[Step, list[DbtNode]]:
     """Build what has fresh inputs."""
     held = gate.why_not_transform()
     if held:
@@ -117,7 +116,7 @@ def _transform(dbt: DbtCore, plan: DbtPlan, gate: Gate) -> tuple[Step, list[DbtN
     exclude = gate.exclude
     if exclude:
         get_run_logger().warning("dbt builds without %s", ", ".join(exclude))
-    build = dbt_build.with_options(**dbt.task_options)
+    build = TRANSFORMS[dbt.tool].build.with_options(**dbt.task_options)
     found: Any = submit(build, dbt, exclude).result(raise_on_failure=False)
     if isinstance(found, DbtBuildFailed):
         found = found.result
@@ -134,11 +133,11 @@ def _transform(dbt: DbtCore, plan: DbtPlan, gate: Gate) -> tuple[Step, list[DbtN
 
 
 def _transform_step(
-    dbt: DbtCore, plan: DbtPlan, state: StepState, message: str, *, duration: float | None = None
+    dbt: Transform, plan: DbtPlan, state: StepState, message: str, *, duration: float | None = None
 ) -> Step:
     return Step(
         kind="transform",
-        tool="dbt",
+        tool=dbt.tool,
         resource_id=plan.project,
         name=f"{dbt.what} ({plan.project})",
         state=state,
@@ -150,31 +149,34 @@ def _transform_step(
     )
 
 
-def _activate(activations: Sequence[HightouchSync], gate: Gate) -> list[Step]:
+def _activate(activations: Sequence[Checked[Any]], gate: Gate) -> list[Step]:
     """Run the activations whose inputs are fresh; hold the others back, with the reason."""
-    held = {sync.sync_id: why for sync in activations if (why := gate.why_not_activate(sync))}
-    done = iter(map_each(hightouch_sync, [sync for sync in activations if sync.sync_id not in held]))
+    reasons = [gate.why_not_activate(found.request) for found in activations]
+    ready = [found for found, why in zip(activations, reasons, strict=True) if not why]
+    done = iter(run_each(ready))
     steps: list[Step] = []
-    for sync in activations:
-        if why := held.get(sync.sync_id):
-            get_run_logger().warning("held back: %s, because %s", sync.label, why)
-            steps.append(
-                Step(
-                    kind="activation",
-                    tool=sync.tool,
-                    resource_id=sync.sync_id,
-                    name=sync.label,
-                    owner=sync.owner,
-                    state=StepState.HELD,
-                    message=why,
-                )
-            )
+    for found, why in zip(activations, reasons, strict=True):
+        if why:
+            get_run_logger().warning("held back: %s, because %s", found.request.label, why)
+            steps.append(_held(found.request, why))
         else:
             steps.append(Step.of_job("activation", next(done)))
     return steps
 
 
-def _tell(notify: SlackNotify, report: EltReport) -> None:
+def _held(request: Activation, why: str) -> Step:
+    return Step(
+        kind="activation",
+        tool=request.tool,
+        resource_id=request.resource_id,
+        name=request.label,
+        owner=request.owner,
+        state=StepState.HELD,
+        message=why,
+    )
+
+
+def _tell(notify: Notify, report: EltReport) -> None:
     """Tell the owners. What can't be delivered is in the log and changes nothing."""
     for message in messages(report, always=notify.on == "always"):
         webhook = notify.owners.get(message.owner or "", notify.webhook)

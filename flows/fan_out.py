@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -17,9 +17,9 @@ from blocks.http import VendorError
 from blocks.reference import BlockNotFound
 from flows.report import EltReport, Report, Step, SyncReport
 from flows.rules import AllowFailure, bears
-from tasks.airbyte import AirbyteSync, Checked, airbyte_check, airbyte_sync
 from tasks.dbt_core import DbtError
-from tasks.jobs import InputError, JobError, JobResult, JobState, without_traceback
+from tasks.jobs import Checked, InputError, JobError, JobResult, JobState, Parameters, without_traceback
+from tasks.tools import TOOLS
 
 KNOWN_ERRORS = (InputError, VendorError, BlockNotFound, DbtError)
 """What a check can find: said in one sentence, without a traceback."""
@@ -32,12 +32,6 @@ P = ParamSpec("P")
 def submit(task: Task[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs) -> PrefectFuture[T]:
     """`task.submit`, of which Prefect's types say that its result has yet to be awaited. It has not."""
     return cast("PrefectFuture[T]", task.submit(*args, **kwargs))
-
-
-def map_each(task: Task[[T], Coroutine[Any, Any, JobResult]], requests: Sequence[T]) -> list[JobResult]:
-    """Run a job's task for each request at the same time, and take each outcome, good or bad."""
-    futures = task.map(requests) if requests else []
-    return [outcome(cast("PrefectFuture[JobResult]", f), r) for f, r in zip(futures, requests, strict=True)]
 
 
 class RunFailed(Exception):
@@ -58,54 +52,92 @@ class RunFailed(Exception):
         return (type(self), (self.report,))
 
 
-def checked_syncs(future: PrefectFuture[list[Checked]], rule: AllowFailure) -> list[Checked]:
-    """The connections of a run, once they are looked up.
+class Checking:
+    """Looks up jobs of any tools at the same time, before anything is started.
+
+    Args:
+        requests: The jobs, in the order of the parameters.
+    """
+
+    def __init__(self, requests: Sequence[Parameters]) -> None:
+        self._of_tool: dict[str, list[int]] = {}
+        for position, request in enumerate(requests):
+            self._of_tool.setdefault(request.tool, []).append(position)
+        self._futures = {
+            tool: submit(TOOLS[tool].check, [requests[position] for position in positions])
+            for tool, positions in self._of_tool.items()
+        }
+
+    def result(self, rule: AllowFailure) -> list[Checked[Any]]:
+        """What was found, in the order of the parameters.
+
+        Raises:
+            InputError: A job does not exist, or can't be started and the rule bears no failure. Nothing was
+                started.
+        """
+        found: list[tuple[int, Checked[Any]]] = []
+        for tool, positions in self._of_tool.items():
+            checked = self._futures[tool].result()
+            if len(checked) != len(positions):  # a request that stands for many
+                positions = positions[:1] * len(checked)
+            found += zip(positions, checked, strict=True)
+        in_order = [checked for _, checked in sorted(found, key=lambda pair: pair[0])]
+        if rule == "none" and (problems := [c.problem for c in in_order if c.problem]):
+            raise InputError(" ".join(problems))
+        return in_order
+
+
+def refuse_no_syncs(syncs: Sequence[Parameters]) -> None:
+    """An empty list is a mistake, not a run with nothing to do.
 
     Raises:
-        InputError: One of them can't be started, and the rule bears no failure. Nothing was started.
+        InputError: It is empty.
     """
-    checked = future.result()
-    problems = [found.problem for found in checked if found.problem]
-    if problems and rule == "none":
-        raise InputError(" ".join(problems))
-    return checked
-
-
-def check_syncs(syncs: Sequence[AirbyteSync]) -> PrefectFuture[list[Checked]]:
-    """Begin to look the connections up."""
     if not syncs:
         raise InputError("There is no sync to run: the list of syncs is empty.")
-    return submit(airbyte_check, list(syncs))
 
 
-def run_syncs(checked: Sequence[Checked]) -> list[JobResult]:
-    """Sync all connections at the same time; one that fails stops none of the others.
+def ids_and_names(checked: Iterable[Checked[Any]]) -> list[tuple[str, str]]:
+    """What a rule may name."""
+    return [(found.request.resource_id, found.request.label) for found in checked]
+
+
+def run_each(checked: Sequence[Checked[Any]]) -> list[JobResult]:
+    """Run all jobs at the same time, each by its tool; one that fails stops none of the others.
 
     Returns:
-        One result per connection, in the same order.
+        One result per job, good or bad, in the same order.
     """
-    done = iter(map_each(airbyte_sync, [found.sync for found in checked if not found.problem]))
-    return [_refused_job(found) if found.problem else next(done) for found in checked]
+    by_tool: dict[str, list[Any]] = {}
+    for found in checked:
+        if not found.problem:
+            by_tool.setdefault(found.request.tool, []).append(found.request)
+    futures = {tool: iter(TOOLS[tool].run.map(requests)) for tool, requests in by_tool.items()}
+    started = [None if found.problem else next(futures[found.request.tool]) for found in checked]
+    return [
+        outcome(cast("PrefectFuture[JobResult]", future), found.request) if future else _refused_job(found)
+        for future, found in zip(started, checked, strict=True)
+    ]
 
 
-def _refused_job(found: Checked) -> JobResult:
-    sync = found.sync
+def _refused_job(found: Checked[Any]) -> JobResult:
+    request = found.request
     return JobResult(
-        vendor=sync.tool,
-        resource_id=sync.resource_id,
-        name=sync.label,
-        owner=sync.owner,
+        vendor=request.tool,
+        resource_id=request.resource_id,
+        name=request.label,
+        owner=request.owner,
         state=JobState.FAILED,
         message=found.problem,
     )
 
 
-def outcome(future: PrefectFuture[JobResult], request: Any) -> JobResult:
+def outcome(future: PrefectFuture[JobResult], request: Parameters) -> JobResult:
     """The result of a job's task, also where the task failed.
 
     Args:
         future: The task.
-        request: What it was asked to do: tool, resource_id, label and owner are used.
+        request: What it was asked to do.
     """
     found: Any = future.result(raise_on_failure=False)
     if isinstance(found, JobResult):
@@ -163,6 +195,6 @@ def final_state(report: SyncReport | EltReport) -> Any:
     return Completed(name=report.ending, message=report.message, data=report)
 
 
-def steps_of(jobs: Sequence[JobResult]) -> list[Step]:
+def steps_of(jobs: Iterable[JobResult]) -> list[Step]:
     """The sync steps of a report."""
     return [Step.of_job("sync", job) for job in jobs]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from tasks.airbyte import Checked
-from tasks.dbt.lineage import listed
-from tasks.dbt_core import DbtNode, DbtPlan, DbtState
-from tasks.hightouch import HightouchSync
-from tasks.jobs import JobResult
+from flows.report import Step
+from tasks.dbt.lineage import LineageNode, listed
+from tasks.dbt.model import DbtNode, DbtPlan, DbtState
+from tasks.jobs import Checked, JobResult, Parameters
+from tasks.tools import TOOLS
 
 _BUILT = frozenset({"model", "seed", "snapshot"})
 
@@ -25,19 +26,20 @@ class Gate:
     """
 
     plan: DbtPlan | None
-    checked: Sequence[Checked]
+    checked: Sequence[Checked[Any]]
     outcomes: Sequence[JobResult]
     failed_nodes: list[str] = field(default_factory=list)
     skipped_nodes: list[str] = field(default_factory=list)
     transform_trouble: str | None = None
 
     def __post_init__(self) -> None:
-        self.sources: dict[str, set[str]] = {}
+        self._sources: dict[tuple[str, str], set[str]] = {}
         for found in self.checked:
-            self.sources[found.sync.connection_id] = (
+            request = found.request
+            self._sources[request.tool, request.resource_id] = (
                 self.plan.lineage.sources_of(
-                    found.sync.connection_id,
-                    key="airbyte_connection_id",
+                    request.resource_id,
+                    key=TOOLS[request.tool].meta,
                     namespace=found.namespace,
                     prefix=found.prefix,
                     streams=found.streams,
@@ -46,7 +48,12 @@ class Gate:
                 else set()
             )
         self.late = [job for job in self.outcomes if not job.good]
-        self.late_sources: set[str] = set().union(*(self.sources[job.resource_id] for job in self.late))
+        self.late_sources: set[str] = set().union(*map(self.sources_of, self.late))
+
+    def sources_of(self, job: JobResult | Step) -> set[str]:
+        """The dbt sources that a sync fills."""
+        vendor = job.vendor if isinstance(job, JobResult) else job.tool
+        return self._sources[vendor, job.resource_id]
 
     @property
     def exclude(self) -> list[str]:
@@ -60,7 +67,7 @@ class Gate:
         lineage = self.plan.lineage
         held: dict[str, str] = {}
         for job in self.late:
-            below = lineage.downstream(self.sources[job.resource_id])
+            below = lineage.downstream(self.sources_of(job))
             for node in below.intersection(self.plan.selected):
                 if lineage.nodes[node].resource_type in _BUILT:
                     held.setdefault(lineage.name_of(node), f"{job.name} did not land")
@@ -70,11 +77,12 @@ class Gate:
         """Why dbt can't run at all; None if it can."""
         if self.plan is None:
             return None
-        if blind := [job.name for job in self.late if not self.sources[job.resource_id]]:
+        if blind := [job for job in self.late if not self.sources_of(job)]:
             them = "it" if len(blind) == 1 else "them"
+            keys = " or ".join(sorted({f"meta.{TOOLS[job.vendor].meta}" for job in blind}))
             return (
-                f"{listed(blind)} did not land, and no dbt source names {them} "
-                "(meta.airbyte_connection_id) or has its schema and table, so everything may be built on it"
+                f"{listed([job.name for job in blind])} did not land, and no dbt source names {them} "
+                f"({keys}) or has its schema and table, so everything may be built on it"
             )
         left = set(self.plan.selected) - self.plan.lineage.downstream(self.late_sources)
         if not left:
@@ -89,7 +97,14 @@ class Gate:
             n.unique_id for n in nodes if n.state is DbtState.SKIPPED and n.resource_type in _BUILT
         ]
 
-    def why_not_activate(self, sync: HightouchSync) -> str | None:
+    def exposure_of(self, activation: Parameters) -> LineageNode | None:
+        """The dbt exposure that stands for an activation."""
+        if self.plan is None:
+            return None
+        key = TOOLS[activation.tool].meta
+        return self.plan.lineage.exposure_for(key=key, value=activation.resource_id)
+
+    def why_not_activate(self, activation: Parameters) -> str | None:
         """Why an activation is held back; None if all that it is built on is fresh."""
         late = f"{listed([job.name for job in self.late])} did not land" if self.late else None
         if self.plan is None:
@@ -97,11 +112,12 @@ class Gate:
         if self.transform_trouble:
             return self.transform_trouble
         lineage = self.plan.lineage
-        exposure = lineage.exposure_for(key="hightouch_sync_id", value=sync.sync_id)
+        exposure = self.exposure_of(activation)
         if exposure is not None:
             tainted = lineage.tainted(self.failed_nodes, self.skipped_nodes)
             return lineage.why_held(exposure, self.late_sources, tainted)
         trouble = late or ("the transform did not succeed" if self.failed_nodes else None)
         if trouble:
-            return f"{trouble}, and no dbt exposure says what this sync is built on (meta.hightouch_sync_id)"
+            key = TOOLS[activation.tool].meta
+            return f"{trouble}, and no dbt exposure says what this is built on (meta.{key})"
         return None

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from flows.gate import Gate
 from flows.report import Edge, Step, StepState
-from tasks.dbt_core import DbtNode, DbtState, Lineage
-from tasks.hightouch import HightouchSync
+from tasks.dbt.lineage import Lineage
+from tasks.dbt.model import DbtNode, DbtState
+from tasks.jobs import Parameters
 
 _MOST_BOXES = 60  # past that a picture is no help, and the models between the ends are left out
 _DRAWN = frozenset({"model", "seed", "snapshot", "source", "exposure"})
@@ -22,7 +23,7 @@ Boxes = dict[str, tuple[str, str]]
 
 
 def picture(
-    gate: Gate, steps: Sequence[Step], activations: Sequence[HightouchSync], nodes: Sequence[DbtNode]
+    gate: Gate, steps: Sequence[Step], activations: Sequence[Parameters], nodes: Sequence[DbtNode]
 ) -> tuple[Boxes, list[Edge]]:
     """Boxes (id to label and class) and lines of the picture; empty without a dbt project."""
     if gate.plan is None:
@@ -67,23 +68,21 @@ class _Look:
         self,
         gate: Gate,
         steps: Sequence[Step],
-        activations: Sequence[HightouchSync],
+        activations: Sequence[Parameters],
         nodes: Sequence[DbtNode],
     ) -> None:
         assert gate.plan is not None  # noqa: S101 - for the type checker; the caller looks
         self.lineage = gate.plan.lineage
         self.by_source = {
-            source: step
-            for step in steps
-            if step.kind == "sync"
-            for source in gate.sources.get(step.resource_id, ())
+            source: step for step in steps if step.kind == "sync" for source in gate.sources_of(step)
         }
         self.by_exposure: dict[str, Step] = {}
-        done = {step.resource_id: step for step in steps if step.kind == "activation"}
-        for sync in activations:
-            exposure = self.lineage.exposure_for(key="hightouch_sync_id", value=sync.sync_id)
-            if exposure is not None and sync.sync_id in done:
-                self.by_exposure[exposure.unique_id] = done[sync.sync_id]
+        done = {(step.tool, step.resource_id): step for step in steps if step.kind == "activation"}
+        for activation in activations:
+            exposure = gate.exposure_of(activation)
+            step = done.get((activation.tool, activation.resource_id))
+            if exposure is not None and step is not None:
+                self.by_exposure[exposure.unique_id] = step
         self.states: Mapping[str, DbtState] = {node.unique_id: node.state for node in nodes}
         late = self.lineage.downstream(gate.late_sources)
         tainted = self.lineage.tainted(gate.failed_nodes, gate.skipped_nodes)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.dbt_core import DbtNode
+from tasks.dbt.model import DbtNode
 from tasks.jobs import JobResult
 from tasks.slack import escape
 

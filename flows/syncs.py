@@ -1,7 +1,7 @@
 """Sync many connections at the same time, without a transform.
 
-For when the warehouse is built elsewhere, or for an extra load by hand. Its blocks: an Airbyte Server per
-server that the connections are on.
+For when the warehouse is built elsewhere, or for an extra load by hand. Its blocks: one per account that the
+connections are on.
 """
 
 # No `from __future__ import annotations` here: `serve()` sends the flow to its process as a pickle, in which
@@ -14,25 +14,26 @@ from pydantic import Field
 
 from flows.fan_out import (
     KNOWN_ERRORS,
-    check_syncs,
-    checked_syncs,
+    Checking,
     conclude,
     final_state,
+    ids_and_names,
     publish,
     refuse,
-    run_syncs,
+    refuse_no_syncs,
+    run_each,
     steps_of,
 )
+from flows.parameters import Sync
 from flows.report import SyncReport
 from flows.rules import AllowFailure, check_rule
-from tasks.airbyte import AirbyteSync
 from tasks.cancellation import cancel_open_jobs
 from tasks.jobs import EventLoopTaskRunner, limit_concurrency
 
 
 @flow(name="sync-connections", task_runner=EventLoopTaskRunner(), on_cancellation=[cancel_open_jobs])
 def sync_connections(
-    syncs: list[AirbyteSync],
+    syncs: list[Sync],
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
     allow_failure: AllowFailure = "none",
 ) -> SyncReport:
@@ -57,11 +58,12 @@ def sync_connections(
     limit_concurrency(max_concurrency)
     began = datetime.now(UTC)
     try:
-        checked = checked_syncs(check_syncs(syncs), allow_failure)
-        check_rule(allow_failure, ((found.sync.connection_id, found.sync.name) for found in checked))
+        refuse_no_syncs(syncs)
+        checked = Checking(syncs).result(allow_failure)
+        check_rule(allow_failure, ids_and_names(checked))
     except KNOWN_ERRORS as error:
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
-    outcomes = run_syncs(checked)
+    outcomes = run_each(checked)
     report = SyncReport(outcomes=outcomes, steps=steps_of(outcomes))
     report = conclude(report, allow_failure, began=began)
     publish(report, "sync-report")

@@ -28,9 +28,11 @@ from blocks.http import NotFoundError
 from blocks.reference import load_block, stored_block
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor, Operation, refuse_unless_active
 from tasks.jobs import (
+    Checked,
     InputError,
     JobPolicy,
     JobResult,
+    Tool,
     cancel_job,
     run_job,
     tag_run,
@@ -40,9 +42,9 @@ from tasks.jobs import (
 )
 
 __all__ = [
+    "TOOL",
     "AirbyteSync",
     "AirbyteVendor",
-    "Checked",
     "airbyte_cancel",
     "airbyte_check",
     "airbyte_clear",
@@ -106,22 +108,10 @@ class AirbyteSync(BaseModel):
 # -- checking -----------------------------------------------------------------------------------------------
 
 
-class Checked(BaseModel):
-    """A sync whose connection was looked up: it has its name and owner, and where it writes is known."""
-
-    model_config = ConfigDict(frozen=True)
-
-    sync: AirbyteSync
-    namespace: str | None = None
-    prefix: str = ""
-    streams: list[str] = []
-    problem: str | None = Field(default=None, description="Why it can't be started, where that is known.")
-
-
 @task(
     name="airbyte-check", task_run_name="check Airbyte connections", tags=["airbyte"], cache_policy=NO_CACHE
 )
-async def airbyte_check(syncs: list[AirbyteSync]) -> list[Checked]:
+async def airbyte_check(syncs: list[AirbyteSync]) -> list[Checked[AirbyteSync]]:
     """Look up the connections of a fan-out before anything is started, a hundred per request.
 
     Args:
@@ -167,17 +157,17 @@ async def airbyte_check(syncs: list[AirbyteSync]) -> list[Checked]:
     return [_checked(sync, known[pair]) for sync, pair in zip(syncs, pairs, strict=True)]
 
 
-def _checked(sync: AirbyteSync, connection: Connection) -> Checked:
+def _checked(sync: AirbyteSync, connection: Connection) -> Checked[AirbyteSync]:
     problem = None
     try:
         refuse_unless_active(connection)
     except InputError as error:
         problem = str(error)
     return Checked(
-        sync=_named(sync, connection),
+        _named(sync, connection),
         namespace=connection.namespace,
         prefix=connection.prefix or "",
-        streams=[stream.name for stream in connection.streams],
+        streams=tuple(stream.name for stream in connection.streams),
         problem=problem,
     )
 
@@ -342,3 +332,6 @@ async def airbyte_cancel(server: ServerRef, job_id: str) -> str:
     async with vendor.session():
         handle, _, _ = await vendor.look_up(job_id)
         return await cancel_job(vendor, handle)
+
+
+TOOL = Tool("airbyte", "Airbyte", airbyte_check, airbyte_sync, _vendor, meta="airbyte_connection_id")

@@ -12,7 +12,7 @@ from typing import Literal
 from blocks.airbyte import AirbyteApi, AirbyteServer, Connection, Job
 from blocks.http import ConflictError, VendorError
 from blocks.reference import block_name
-from tasks.jobs import AlreadyRunning, InputError, JobHandle, JobRequest, JobState, JobStatus
+from tasks.jobs import AlreadyRunning, InputError, Intent, JobHandle, JobRequest, JobState, JobStatus
 
 Operation = Literal["sync", "clear", "reset"]
 
@@ -62,7 +62,10 @@ class AirbyteVendor:
         """A moment of our clock on Airbyte's."""
         return self._api.theirs(moment) if self._api else moment
 
-    async def start(self, request: AirbyteRequest, marker: str) -> JobHandle:
+    async def baseline(self, request: AirbyteRequest) -> None:
+        """Nothing: a job has an id."""
+
+    async def start(self, request: AirbyteRequest, intent: Intent) -> JobHandle:
         """`POST /jobs`. Airbyte has no place for a marker."""
         async with self._server.api() as api:
             connection = await api.connection(request.resource_id)
@@ -74,7 +77,7 @@ class AirbyteVendor:
                 job = await api.create_job(request.resource_id, request.operation)
             except ConflictError as error:
                 raise await self._conflict(api, connection, request, error) from error
-            return self._handle(job, connection, marker)
+            return self._handle(job, connection, intent.marker)
 
     async def _conflict(
         self, api: AirbyteApi, connection: Connection, request: AirbyteRequest, error: ConflictError
@@ -90,22 +93,20 @@ class AirbyteVendor:
         refuse_unless_active(await api.connection(connection.id))
         return error
 
-    async def find(
-        self, request: JobRequest, marker: str, since: datetime, known: Sequence[str]
-    ) -> JobHandle | None:
+    async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The connection's first job of this kind that was created since then."""
         async with self._server.api() as api:
             jobs = await api.newest_jobs(request.resource_id, retry=False)
-            since = api.theirs(since)
+            since = api.theirs(intent.since)
             ours = [
                 job
                 for job in jobs
-                if job.created_at >= since and job.type == request.operation and job.id not in known
+                if job.created_at >= since and job.type == request.operation and job.id not in intent.known
             ]
             if not ours:
                 return None
             connection = await api.connection(request.resource_id)
-            return self._handle(min(ours, key=lambda job: job.created_at), connection, marker)
+            return self._handle(min(ours, key=lambda job: job.created_at), connection, intent.marker)
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """Lists of the newest jobs, a hundred a request; one by one only what they do not show."""

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
 from typing import Any
 
 from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
-from blocks.airbyte import AirbyteServer
-from blocks.hightouch import HightouchCredentials
-from blocks.reference import load_block
-from tasks.airbyte import AirbyteVendor
-from tasks.hightouch import HightouchVendor
-from tasks.jobs import Entry, JobResult, JobState, JobVendor, RunJournal, cancel_job
-
-
-async def _airbyte(block: str) -> JobVendor[Any]:
-    return AirbyteVendor(await load_block(AirbyteServer, block))
-
-
-async def _hightouch(block: str) -> JobVendor[Any]:
-    return HightouchVendor(await load_block(HightouchCredentials, block))
-
-
-_VENDORS: dict[str, Callable[[str], Awaitable[JobVendor[Any]]]] = {
-    "airbyte": _airbyte,
-    "hightouch": _hightouch,
-}
-
+from tasks.jobs import Entry, JobResult, JobState, RunJournal, cancel_job
+from tasks.tools import VENDORS
 
 _AT_ONCE = 20
 
@@ -66,14 +46,12 @@ async def cancel_open_jobs(flow: Flow[Any, Any], flow_run: FlowRun, state: State
 
 
 async def _cancel(entry: Entry) -> str:
-    if entry.block is None or entry.vendor not in _VENDORS:
+    if entry.block is None or entry.vendor not in VENDORS:
         return "its credentials are in no saved block, so nobody but its own process could cancel it"
     try:
-        vendor = await _VENDORS[entry.vendor](entry.block)
+        vendor = await VENDORS[entry.vendor](entry.block)
         async with vendor.session():
-            handle = entry.handle or await vendor.find(
-                _Request(entry), entry.marker, entry.since, entry.known
-            )
+            handle = entry.handle or await vendor.find(_Request(entry), entry)
             return await cancel_job(vendor, handle) if handle else "no job was started"
     except Exception as error:  # noqa: BLE001 - whatever it is, the other jobs are to be cancelled all the same
         return f"it could not be cancelled and may go on ({error})"

@@ -29,13 +29,16 @@ from blocks.hightouch import HightouchApi, HightouchCredentials, Sync, SyncRun
 from blocks.http import NotFoundError, VendorError
 from blocks.reference import block_name, load_block, stored_block
 from tasks.jobs import (
+    Checked,
     InputError,
+    Intent,
     JobHandle,
     JobPolicy,
     JobRequest,
     JobResult,
     JobState,
     JobStatus,
+    Tool,
     run_job,
     tag_run,
     without_traceback,
@@ -140,28 +143,30 @@ class HightouchVendor:
         """A moment of our clock on Hightouch's."""
         return self._api.theirs(moment) if self._api else moment
 
-    async def start(self, request: _Request, marker: str) -> JobHandle:
+    async def baseline(self, request: _Request) -> None:
+        """Nothing: a run has an id."""
+
+    async def start(self, request: _Request, intent: Intent) -> JobHandle:
         """`POST /syncs/{id}/trigger`. While a run is in progress, ours is queued behind it by Hightouch."""
         async with self._credentials.api() as api:
             sync = await api.sync(request.resource_id)
             if sync.disabled:  # as far as we remember
                 sync = await api.sync(request.resource_id, fresh=True)
-            _refuse_if_disabled(sync)
+            if problem := _problem(sync):
+                raise InputError(problem)
             run_id = await api.trigger(request.resource_id, full_resync=request.full_resync)
-            return self._handle(sync, run_id, api.theirs(datetime.now(UTC)), marker)
+            return self._handle(sync, run_id, api.theirs(datetime.now(UTC)), intent.marker)
 
-    async def find(
-        self, request: JobRequest, marker: str, since: datetime, known: Sequence[str]
-    ) -> JobHandle | None:
+    async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The sync's first run that was created since then."""
         async with self._credentials.api() as api:
             runs = await api.runs(request.resource_id, retry=False)
-            since = api.theirs(since)
-            ours = [run for run in runs if run.created_at >= since and run.id not in known]
+            since = api.theirs(intent.since)
+            ours = [run for run in runs if run.created_at >= since and run.id not in intent.known]
             if not ours:
                 return None
             run = min(ours, key=lambda run: run.created_at)
-            return self._handle(await api.sync(request.resource_id), run.id, run.created_at, marker)
+            return self._handle(await api.sync(request.resource_id), run.id, run.created_at, intent.marker)
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """A hundred syncs a request tell where something has changed; only those runs are read."""
@@ -258,12 +263,14 @@ def _message(run: SyncRun, state: JobState | None) -> str | None:
     return f"Hightouch says {run.status}" if state is JobState.FAILED else None
 
 
-def _refuse_if_disabled(sync: Sync) -> None:
-    if sync.disabled:
-        raise InputError(
-            f"Hightouch sync {sync.slug or sync.id} ({sync.id}) is disabled. Enable it in Hightouch, or take "
-            "it out of the list; nothing was started for it."
-        )
+def _problem(sync: Sync) -> str | None:
+    """Why a sync can't be run now."""
+    if not sync.disabled:
+        return None
+    return (
+        f"Hightouch sync {sync.slug or sync.id} ({sync.id}) is disabled. Enable it in Hightouch, or take "
+        "it out of the list; nothing was started for it."
+    )
 
 
 def _named(sync: HightouchSync, found: Sync) -> HightouchSync:
@@ -284,22 +291,22 @@ async def _lookup(api: HightouchApi, sync_id: str) -> Sync:
 @task(
     name="hightouch-check", task_run_name="check Hightouch syncs", tags=["hightouch"], cache_policy=NO_CACHE
 )
-async def hightouch_check(syncs: list[HightouchSync]) -> list[HightouchSync]:
+async def hightouch_check(syncs: list[HightouchSync]) -> list[Checked[HightouchSync]]:
     """Look up the syncs of a chain before anything is started.
 
     Args:
         syncs: The syncs.
 
     Returns:
-        The same syncs with names and owners filled in.
+        The same syncs with names and owners filled in. A disabled sync carries its `problem`.
 
     Raises:
-        InputError: A sync does not exist, is disabled or is named twice. Nothing was started.
+        InputError: A sync does not exist or is named twice. Nothing was started.
         BlockNotFound: The credentials are the name of a block that is not saved.
         VendorError: Hightouch can't be reached or refuses the key.
     """
     without_traceback()
-    named: list[HightouchSync] = []
+    checked: list[Checked[HightouchSync]] = []
     seen: set[tuple[Hashable, str]] = set()
     for sync in syncs:
         credentials = await load_block(HightouchCredentials, sync.credentials)
@@ -308,9 +315,8 @@ async def hightouch_check(syncs: list[HightouchSync]) -> list[HightouchSync]:
         seen.add((credentials.account, sync.sync_id))
         async with credentials.api() as api:
             found = await _lookup(api, sync.sync_id)
-        _refuse_if_disabled(found)
-        named.append(_named(sync, found))
-    return named
+        checked.append(Checked(_named(sync, found), problem=_problem(found)))
+    return checked
 
 
 def _run_name() -> str:
@@ -345,3 +351,10 @@ async def hightouch_sync(sync: HightouchSync) -> JobResult:
         sync = _named(sync, await _lookup(api, sync.sync_id))
         request = _Request(sync.sync_id, "sync", sync.name, sync.owner, sync.full_resync)
         return await run_job(HightouchVendor(credentials), request, sync.policy)
+
+
+async def _vendor(block: str) -> HightouchVendor:
+    return HightouchVendor(await load_block(HightouchCredentials, block))
+
+
+TOOL = Tool("hightouch", "Hightouch", hightouch_check, hightouch_sync, _vendor, meta="hightouch_sync_id")

@@ -129,7 +129,10 @@ class Stage:
         return ids
 
     def syncs(self, name: str) -> list[dict[str, Any]]:
-        return [{"server": "airbyte", "connection_id": connection} for connection in self.groups[name]]
+        return [
+            {"tool": "airbyte", "server": "airbyte", "connection_id": connection}
+            for connection in self.groups[name]
+        ]
 
     def statuses(self, name: str) -> list[str]:
         """The status of each job that was started for these connections."""

@@ -37,7 +37,10 @@ def save_blocks(box: Sandbox) -> None:
 def sync_parameters(*names: str, **policy: Any) -> list[dict[str, Any]]:
     """Syncs as a deployment has them: JSON, with the server by name."""
     policy = {"poll": 0.1, **policy}
-    return [{"server": "airbyte", "connection_id": IDS[name], "policy": policy} for name in names or IDS]
+    return [
+        {"tool": "airbyte", "server": "airbyte", "connection_id": IDS[name], "policy": policy}
+        for name in names or IDS
+    ]
 
 
 def starts(box: Sandbox) -> int:

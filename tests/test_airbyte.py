@@ -59,7 +59,7 @@ async def test_check_fills_in(airbyte: AirbyteServer) -> None:
     """A check gives names, owners and where each connection writes; what was given by hand stays."""
     by_hand = AirbyteSync(server=airbyte, connection_id=IDS["planes"], name="fleet", owner="me")
     checked = await airbyte_check([*syncs(airbyte, "flights", "weather", "airports", "airlines"), by_hand])
-    assert [(c.sync.name, c.sync.owner) for c in checked] == [
+    assert [(c.request.name, c.request.owner) for c in checked] == [
         ("flights", "flight-ops"),
         ("weather", "weather-desk"),
         ("airports", "reference-data"),
@@ -67,8 +67,8 @@ async def test_check_fills_in(airbyte: AirbyteServer) -> None:
         ("fleet", "me"),
     ]
     assert [(c.namespace, c.streams) for c in checked][:2] == [
-        ("raw_flights", ["flights"]),
-        ("raw_weather", ["weather"]),
+        ("raw_flights", ("flights",)),
+        ("raw_weather", ("weather",)),
     ]
     assert all(c.problem is None for c in checked)
 
@@ -370,7 +370,9 @@ async def test_block_by_name_or_instance(desk: Desk, airbyte: AirbyteServer) -> 
     loaded = await AirbyteServer.aload("by-name")
     assert loaded.client_secret == airbyte.client_secret
     for server in (airbyte, loaded, "by-name", "airbyte-server/by-name"):
-        assert (await airbyte_check(syncs(server, desk.connection_id)))[0].sync.name.startswith("synthetic")
+        assert (await airbyte_check(syncs(server, desk.connection_id)))[0].request.name.startswith(
+            "synthetic"
+        )
     assert AirbyteVendor(loaded).block == "airbyte-server/by-name"
     assert AirbyteVendor(airbyte.model_copy()).account == AirbyteVendor(loaded).account
 
@@ -402,7 +404,7 @@ async def test_no_secret_in_stored_parameters(airbyte: AirbyteServer, saved: boo
     again = AirbyteSync.model_validate(stored["syncs"][0])
     if saved:
         assert again.server == "airbyte-server/stored"
-        assert (await airbyte_check([again]))[0].sync.name == "flights"
+        assert (await airbyte_check([again]))[0].request.name == "flights"
     else:
         with pytest.raises(AuthError, match="to retry or deploy this flow, save the block and pass its name"):
             await airbyte_check([again])

@@ -119,7 +119,9 @@ def test_event_becomes_syncs(payload: dict[str, Any], connections: list[str]) ->
         raise_on_error=True, render_jinja=True, jinja_context={"event": {"payload": payload}}
     )
     rendered = hydrate(trigger["parameters"], context)
-    assert rendered["syncs"] == [{"server": "airbyte", "connection_id": IDS[name]} for name in connections]
+    assert rendered["syncs"] == [
+        {"tool": "airbyte", "server": "airbyte", "connection_id": IDS[name]} for name in connections
+    ]
     elt_chain.validate_parameters(rendered)
 
 
@@ -218,7 +220,10 @@ def test_deploying_again_changes_nothing(deployed: Runs) -> None:
 
 def test_manual_run_on_a_worker(worker: Runs, stage: Stage) -> None:
     """A run by hand syncs the connections that were left in the form, and no other."""
-    reference = [{"server": "airbyte", "connection_id": IDS[name]} for name in ("airlines", "airports")]
+    reference = [
+        {"tool": "airbyte", "server": "airbyte", "connection_id": IDS[name]}
+        for name in ("airlines", "airports")
+    ]
     run = worker.start(BY_HAND, syncs=reference)
     ended = worker.ended(run)
     assert ended.state is not None

@@ -103,14 +103,24 @@ def _chain(box: Sandbox, folder: Path, **changes: Any) -> dict[str, Any]:
     parameters = {
         "syncs": sync_parameters("airlines", "airports"),
         "transform": {
+            "tool": "dbt-core",
             "project_dir": str(project.folder),
             "env": {"SHOP_WAREHOUSE": str(box.warehouse.path)},
         },
         "activations": [
-            {"credentials": "hightouch", "sync_id": str(spec.sync_id), "policy": {"poll": 0.1}}
+            {
+                "tool": "hightouch",
+                "credentials": "hightouch",
+                "sync_id": str(spec.sync_id),
+                "policy": {"poll": 0.1},
+            }
             for spec in catalog.SYNCS
         ],
-        "notify": {"webhook": "data-alerts", "owners": {name: name for name in catalog.OWNERS}},
+        "notify": {
+            "tool": "slack",
+            "webhook": "data-alerts",
+            "owners": {name: name for name in catalog.OWNERS},
+        },
         "allow_failure": "any",
     }
     return {**parameters, **changes}
@@ -236,22 +246,38 @@ def _bad_inputs() -> dict[str, tuple[dict[str, Any], str]]:
         "HTML": ({"syncs": [{**one[0], "server": "web-page"}]}, "HTML page"),
         "rule names nobody": ({"syncs": one, "allow_failure": {"required": ["nobody"]}}, "nobody"),
         "no dbt project": (
-            {"syncs": one, "transform": {"project_dir": "/nowhere"}},
+            {"syncs": one, "transform": {"tool": "dbt-core", "project_dir": "/nowhere"}},
             "/nowhere does not exist",
         ),
         "no profile": (
-            {"syncs": one, "transform": {"project_dir": str(SANDBOX_DBT), "profiles_dir": "/tmp"}},  # noqa: S108
+            {
+                "syncs": one,
+                "transform": {"tool": "dbt-core", "project_dir": str(SANDBOX_DBT), "profiles_dir": "/etc"},
+            },
             "No profiles.yml",
         ),
         "empty selection": (
-            {"syncs": one, "transform": {"project_dir": str(SANDBOX_DBT), "select": ["nothing_like_it"]}},
+            {
+                "syncs": one,
+                "transform": {
+                    "tool": "dbt-core",
+                    "project_dir": str(SANDBOX_DBT),
+                    "select": ["nothing_like_it"],
+                },
+            },
             "matches nothing",
         ),
         "unknown activation": (
-            {"syncs": one, "activations": [{"credentials": "hightouch", "sync_id": "999"}]},
+            {
+                "syncs": one,
+                "activations": [{"tool": "hightouch", "credentials": "hightouch", "sync_id": "999"}],
+            },
             "no sync 999",
         ),
-        "unsaved webhook": ({"syncs": one, "notify": {"webhook": "nobody-listens"}}, "'nobody-listens'"),
+        "unsaved webhook": (
+            {"syncs": one, "notify": {"tool": "slack", "webhook": "nobody-listens"}},
+            "'nobody-listens'",
+        ),
     }
 
 
@@ -474,14 +500,24 @@ def test_the_demo_project_holds_back_exactly_what_is_downstream_of_weather(box: 
         {
             "syncs": sync_parameters(),
             "transform": {
+                "tool": "dbt-core",
                 "project_dir": str(SANDBOX_DBT),
                 "env": {"ELT_WAREHOUSE": str(box.warehouse.path)},
             },
             "activations": [
-                {"credentials": "hightouch", "sync_id": str(spec.sync_id), "policy": {"poll": 0.1}}
+                {
+                    "tool": "hightouch",
+                    "credentials": "hightouch",
+                    "sync_id": str(spec.sync_id),
+                    "policy": {"poll": 0.1},
+                }
                 for spec in catalog.SYNCS
             ],
-            "notify": {"webhook": "data-alerts", "owners": {name: name for name in catalog.OWNERS}},
+            "notify": {
+                "tool": "slack",
+                "webhook": "data-alerts",
+                "owners": {name: name for name in catalog.OWNERS},
+            },
             "allow_failure": "any",
         },
     )

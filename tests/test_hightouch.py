@@ -374,22 +374,29 @@ async def test_an_end_behind_the_next_run(box: Sandbox, credentials: HightouchCr
 
 @pytest.mark.parametrize(
     ("ids", "says"),
-    [((7,), "knows no sync 7"), ((101, 102, 101), "101 is listed more than once"), ((102,), "is disabled")],
+    [((7,), "knows no sync 7"), ((101, 102, 101), "101 is listed more than once")],
 )
 async def test_check_refuses(
     box: Sandbox, credentials: HightouchCredentials, ids: tuple[int, ...], says: str
 ) -> None:
-    """An unknown, disabled or repeated sync is refused before anything is started."""
-    box.hightouch.set(102, disabled=says == "is disabled")
+    """An unknown or repeated sync is refused before anything is started."""
     with pytest.raises(InputError, match=f"{says}.*[Nn]othing was started"):
         await hightouch_check([sync(credentials, sync_id) for sync_id in ids])
     assert triggers(box) == 0
 
 
+async def test_check_tells_of_a_disabled_sync(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A disabled sync carries its problem, so that the rule of the run decides what becomes of it."""
+    box.hightouch.set(102, disabled=True)
+    fine, disabled = await hightouch_check([sync(credentials, 101), sync(credentials, 102)])
+    assert fine.problem is None
+    assert "weather-delays-to-braze (102) is disabled" in (disabled.problem or "")
+
+
 async def test_check_fills_in(credentials: HightouchCredentials) -> None:
     """A check gives names and owners by slug and tag."""
     checked = await hightouch_check([sync(credentials, 101), sync(credentials, "102")])
-    assert [(found.name, found.owner) for found in checked] == [
+    assert [(found.request.name, found.request.owner) for found in checked] == [
         ("carrier-scorecard-to-crm", "flight-ops"),
         ("weather-delays-to-braze", "weather-desk"),
     ]

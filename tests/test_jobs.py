@@ -15,14 +15,17 @@ from pydantic import ValidationError
 from blocks.http import AuthError, VendorUnavailable
 from tasks.jobs import (
     InputError,
+    Intent,
     JobCancelled,
     JobFailed,
     JobHandle,
     JobPolicy,
     JobResult,
     JobState,
+    JobStatus,
     JobTimeout,
 )
+from tasks.jobs.outcome import judge
 from tests.jobs_fixtures import Desk, desk
 
 __all__ = ["desk"]
@@ -353,6 +356,49 @@ async def test_min_rows(
     assert (result.state, result.good, result.rows) == (state, good, rows)
     if state is JobState.PARTIAL:
         assert f"moved {rows} rows; at least {policy['min_rows']:,} were expected" in str(result.message)
+
+
+@pytest.mark.parametrize(
+    ("state", "rejected", "on_partial", "good"),
+    [
+        (JobState.PARTIAL, 5, "ok", True),
+        (JobState.PARTIAL, 6, "ok", False),
+        (JobState.SUCCEEDED, 6, None, False),
+        (JobState.PARTIAL, 5, "fail", False),
+        (JobState.FAILED, 0, "ok", False),
+    ],
+)
+def test_rejected_rows(desk: Desk, state: JobState, rejected: int, on_partial: Any, good: bool) -> None:
+    """More rejected rows than `max_rows_rejected` are a failure, whatever else the policy bears."""
+    policy = JobPolicy(max_rows_rejected=5, on_partial=on_partial)
+    handle = JobHandle(vendor="airbyte", resource_id="r", job_id="1", started_at=datetime.now(UTC))
+    status = JobStatus(state=state, word="w", rows_rejected=rejected)
+    result = judge(desk.vendor, desk.request, policy, handle, status)
+    assert result.good is good
+    if rejected > 5:
+        assert result.message == "6 rows were rejected; at most 5 are borne"
+
+
+async def test_a_baseline_is_kept_before_each_start(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a vendor must remember from before the start is in the journal when the request is sent."""
+    seen: list[tuple[str | None, str | None]] = []
+    read = iter(["1", "2"])
+
+    async def baseline(self: Any, request: Any) -> str:
+        return next(read)
+
+    start = type(desk.vendor).start
+
+    async def noting_start(self: Any, request: Any, intent: Intent) -> JobHandle:
+        seen.append((intent.baseline, desk.entry.baseline))
+        return await start(self, request, intent)
+
+    monkeypatch.setattr(type(desk.vendor), "baseline", baseline)
+    monkeypatch.setattr(type(desk.vendor), "start", noting_start)
+    desk.behave(duration=0.3)
+    desk.start_by_hand()
+    await desk.run()  # the first start is refused: a job is running already
+    assert seen == [("1", "1"), ("2", "2")]
 
 
 async def test_rows_that_the_vendor_does_not_tell(desk: Desk) -> None:

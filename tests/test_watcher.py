@@ -190,6 +190,20 @@ async def test_changes_are_told_by_word(ledger: Ledger, watcher: JobWatcher) -> 
     assert told == ["busy", "done"]
 
 
+async def test_a_new_attempt_is_a_change(ledger: Ledger, watcher: JobWatcher) -> None:
+    """A vendor that tries again under the same word is heard of."""
+    seen: list[int | None] = []
+    waiting = asyncio.create_task(
+        watcher.wait(job("1"), QUICK, on_change=lambda status: seen.append(status.attempts))
+    )
+    for attempts in (1, 2):
+        ledger.jobs["1"] = BUSY.model_copy(update={"attempts": attempts})
+        await until(lambda: seen[-1:] == [attempts])  # noqa: B023 - awaited within the turn
+    ledger.jobs["1"] = DONE
+    await waiting
+    assert seen == [1, 2, None]
+
+
 async def test_a_thousand_jobs_cost_ten_requests(sandbox: Sandbox, desk: Desk) -> None:
     """A look at a thousand running jobs of an account takes about ten requests."""
     ids = sandbox.airbyte.add_connections(1000, duration=30)

@@ -163,7 +163,7 @@ class Lineage:
         return {
             source.unique_id
             for source in self.sources
-            if source.meta.get(key) is None
+            if not any(name.endswith("_connection_id") for name in source.meta)
             and source.schema.casefold() == schema
             and (
                 source.identifier.casefold() in tables

@@ -39,7 +39,7 @@ class DbtCore(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    tool: Literal["dbt_core"] = "dbt_core"
+    tool: Literal["dbt-core"] = "dbt-core"
     project_dir: Path = Field(description="Folder that holds dbt_project.yml.")
     profiles_dir: Path | None = Field(
         default=None,

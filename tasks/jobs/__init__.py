@@ -5,6 +5,7 @@ from tasks.jobs.journal import Entry, Journal, MemoryJournal, RunJournal, read_e
 from tasks.jobs.model import (
     AlreadyRunning,
     InputError,
+    Intent,
     JobCancelled,
     JobError,
     JobFailed,
@@ -16,18 +17,22 @@ from tasks.jobs.model import (
     JobStatus,
     JobTimeout,
     JobVendor,
+    StreamResult,
 )
 from tasks.jobs.outcome import cancel_job
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
 from tasks.jobs.tags import tag_run
+from tasks.jobs.tool import Checked, Parameters, Tool
 from tasks.jobs.watcher import JobWatcher, watcher_for
 
 __all__ = [
     "AlreadyRunning",
+    "Checked",
     "Entry",
     "EventLoopTaskRunner",
     "InputError",
+    "Intent",
     "JobCancelled",
     "JobError",
     "JobFailed",
@@ -42,7 +47,10 @@ __all__ = [
     "JobWatcher",
     "Journal",
     "MemoryJournal",
+    "Parameters",
     "RunJournal",
+    "StreamResult",
+    "Tool",
     "at_loop_exit",
     "cancel_job",
     "current_interrupt",

@@ -183,6 +183,7 @@ class _Run(Generic[R]):
                 "marker": f"elt:{self.entry.key}:{len(known) + 1}",
                 "since": datetime.now(UTC) - _CLOCK_MARGIN,
                 "known": known,
+                "baseline": None,
                 "handle": None,
                 "result": None,
             }
@@ -235,7 +236,11 @@ class _Run(Generic[R]):
 
     async def _send_start(self) -> JobHandle:
         """The start request. Shielded: one that is cut off in the middle leaves a job of unknown id."""
-        self.starting = asyncio.create_task(self.vendor.start(self.request, self.entry.marker))
+        baseline = await self.vendor.baseline(self.request)
+        if baseline != self.entry.baseline:
+            self.entry = self.entry.model_copy(update={"baseline": baseline})
+            await self.journal.record(self.entry, urgent=True)
+        self.starting = asyncio.create_task(self.vendor.start(self.request, self.entry))
         try:
             return await asyncio.shield(self.starting)
         except VendorError as error:
@@ -306,8 +311,7 @@ class _Run(Generic[R]):
             await asyncio.sleep(min(1.0, self.vendor.grace / 3))
 
     async def _look(self) -> JobHandle | None:
-        entry = self.entry
-        return await self.vendor.find(self.request, entry.marker, entry.since, entry.known)
+        return await self.vendor.find(self.request, self.entry)
 
     async def _started(self, handle: JobHandle) -> None:
         self.entry = self.entry.model_copy(update={"handle": handle})
@@ -339,7 +343,9 @@ class _Run(Generic[R]):
 
     def _tell(self, status: JobStatus) -> None:
         if not status.state.terminal:
-            self.log.info("%s: %s", self.request.name, status.word)
+            attempt = f", attempt {status.attempts}" if (status.attempts or 0) > 1 else ""
+            why = f" ({status.message})" if status.message else ""
+            self.log.info("%s: %s%s%s", self.request.name, status.word, attempt, why)
 
     async def _timed_out(self, handle: JobHandle) -> JobResult:
         message = f"it did not end in {self.policy.timeout:g} s"

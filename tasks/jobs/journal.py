@@ -34,9 +34,9 @@ from prefect.client.schemas.filters import (
 from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import ConfigDict, Field, TypeAdapter
 
-from tasks.jobs.model import JobHandle, JobResult
+from tasks.jobs.model import Intent, JobHandle, JobResult
 
 ARTIFACT_KEY = "elt-jobs"
 _PAGE = 100
@@ -45,17 +45,16 @@ _REMEMBERED = 50_000  # calls; a process that runs flows for ever must not grow 
 _PAUSE = 0.1  # seconds over which what is not urgent is gathered into one write
 
 
-class Entry(BaseModel):
+class Entry(Intent):
     """What the journal knows of one job."""
+
+    model_config = ConfigDict(frozen=False)
 
     key: str = Field(description="Vendor, operation, resource; with `#2` and so on for a repeat in one run.")
     vendor: str
     resource_id: str
     name: str
     block: str | None = Field(default=None, description="Saved block with which a hook can reach the vendor.")
-    marker: str = ""
-    since: datetime = Field(description="Our clock when we set out to start it.")
-    known: list[str] = Field(default=[], description="Ids of earlier jobs of this resource: they are not it.")
     handle: JobHandle | None = None
     result: JobResult | None = None
     updated: datetime = Field(default_factory=lambda: datetime.now(UTC))

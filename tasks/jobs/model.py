@@ -72,6 +72,11 @@ class JobPolicy(BaseModel):
     min_rows: int | None = Field(
         default=None, ge=0, description="A job that succeeded with fewer rows than this is PARTIAL."
     )
+    max_rows_rejected: int | None = Field(
+        default=None,
+        ge=0,
+        description="More rejected rows than this are a failure, whatever `on_partial` says.",
+    )
 
     @model_validator(mode="after")
     def _cap_not_below_poll(self) -> JobPolicy:
@@ -83,6 +88,17 @@ class JobPolicy(BaseModel):
     def interval(self, age: float) -> float:
         """Seconds until the next look at a job that is `age` seconds old."""
         return min(self.poll_cap, max(self.poll, age * 0.05))
+
+
+class Intent(BaseModel):
+    """What is kept of a job before it is started, so that it can be found again from any process."""
+
+    model_config = ConfigDict(frozen=True)
+
+    marker: str = Field(default="", description="A text of ours, for vendors that keep one with the job.")
+    since: datetime = Field(description="Our clock when we set out to start it.")
+    known: list[str] = Field(default=[], description="Ids of earlier jobs of this resource: they are not it.")
+    baseline: str | None = Field(default=None, description="What the vendor's `baseline` said before.")
 
 
 class JobHandle(BaseModel):
@@ -101,6 +117,19 @@ class JobHandle(BaseModel):
     url: str | None = Field(default=None, description="The job's page in the vendor's own interface.")
 
 
+class StreamResult(BaseModel):
+    """What a job did with one stream, where the vendor tells that."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    namespace: str | None = None
+    state: JobState | None = None
+    rows: int | None = None
+    bytes: int | None = None
+    message: str | None = None
+
+
 class JobStatus(BaseModel):
     """One observation of a job."""
 
@@ -115,6 +144,7 @@ class JobStatus(BaseModel):
     attempts: int | None = None
     duration: float | None = None
     message: str | None = None
+    streams: list[StreamResult] = []
 
 
 class JobResult(BaseModel):
@@ -134,6 +164,7 @@ class JobResult(BaseModel):
         attempts: The vendor's own attempts.
         message: The reason, in the vendor's words where there are any.
         url: The job's page in the vendor's interface.
+        streams: What was done with each stream, where the vendor tells that.
         tolerated: Whether the end was partial and passes under the policy.
     """
 
@@ -152,6 +183,7 @@ class JobResult(BaseModel):
     attempts: int | None = None
     message: str | None = None
     url: str | None = None
+    streams: list[StreamResult] = []
     tolerated: bool = False
 
     @property
@@ -214,7 +246,13 @@ class JobVendor(Protocol[RequestT]):
     def theirs(self, moment: datetime) -> datetime:
         """A moment of our clock on the vendor's, as its replies tell it."""
 
-    async def start(self, request: RequestT, marker: str) -> JobHandle:
+    async def baseline(self, request: RequestT) -> str | None:
+        """What must be remembered from before the start to tell our job from the one before.
+
+        Read right before each start and kept in the journal. None where job ids do that.
+        """
+
+    async def start(self, request: RequestT, intent: Intent) -> JobHandle:
         """Begin the job.
 
         Raises:
@@ -222,16 +260,12 @@ class JobVendor(Protocol[RequestT]):
             VendorError: Anything else; `sent` says whether the request can have had an effect.
         """
 
-    async def find(
-        self, request: JobRequest, marker: str, since: datetime, known: Sequence[str]
-    ) -> JobHandle | None:
+    async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The job that an earlier `start` of ours made, or None. One look: the engine repeats it.
 
         Args:
             request: What was to be run; only `resource_id` and `operation` are used.
-            marker: What `start` was given.
-            since: Our clock when we set out to start it. Compare by the vendor's clock.
-            known: Ids of jobs that it is not.
+            intent: What `start` was given. Compare its `since` by the vendor's clock.
         """
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:

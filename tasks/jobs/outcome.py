@@ -35,8 +35,15 @@ def judge(
             "does not say how many rows it moved" if status.rows is None else f"moved {status.rows:,} rows"
         )
         message = f"it {moved}; at least {policy.min_rows:,} were expected"
+    bearable = (policy.on_partial or vendor.on_partial) != "fail"
+    rejected, most = status.rows_rejected or 0, policy.max_rows_rejected
+    if most is not None and rejected > most and state in (JobState.SUCCEEDED, JobState.PARTIAL):
+        state, bearable = JobState.PARTIAL, False
+        message = f"{rejected:,} rows were rejected; at most {most:,} are borne" + (
+            f" ({message})" if message else ""
+        )
     result = result_of(vendor, request, state, handle, message=message, status=status)
-    tolerated = state is JobState.PARTIAL and (policy.on_partial or vendor.on_partial) != "fail"
+    tolerated = state is JobState.PARTIAL and bearable
     return result.model_copy(update={"tolerated": tolerated})
 
 
@@ -75,6 +82,7 @@ def result_of(
         rows_rejected=status.rows_rejected if status else None,
         duration=status.duration if status else None,
         attempts=status.attempts if status else None,
+        streams=status.streams if status else [],
     )
 
 

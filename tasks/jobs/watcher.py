@@ -72,7 +72,7 @@ class JobWatcher:
             policy: How often to look and how long to bear an outage.
             age: The job's age in seconds at this moment.
             at_once: Look now and not only when a job of this age would be due.
-            on_change: Called with each status whose word differs from the one before.
+            on_change: Called with each status whose word or attempts differ from the one before.
             log: Where outages and unknown states are told.
 
         Returns:
@@ -169,7 +169,7 @@ class JobWatcher:
         if watch.outage_said:
             watch.outage_said = False
             watch.log.info("%s answers again", self._vendor.name)
-        if watch.last is None or watch.last.word != status.word:
+        if watch.last is None or (watch.last.word, watch.last.attempts) != (status.word, status.attempts):
             if not status.known:
                 watch.log.warning(
                     "%s job %s is in a state that is not in its contract: %r. Taken as not ended.",

@@ -1,0 +1,22 @@
+"""What flows take: the jobs of every tool, told apart by their `tool`.
+
+In a deployment and in a form `tool` is written out; in Python the class says it.
+"""
+
+# No `from __future__ import annotations` here: see flows/elt.py.
+from tasks.airbyte import AirbyteSync
+from tasks.dbt_core import DbtCore
+from tasks.hightouch import HightouchSync
+from tasks.slack import SlackNotify
+
+Sync = AirbyteSync
+"""What loads a connection."""
+
+Transform = DbtCore
+"""What builds models."""
+
+Activation = HightouchSync
+"""What sends models on to where they are used."""
+
+Notify = SlackNotify
+"""Who is told."""

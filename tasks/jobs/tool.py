@@ -1,0 +1,79 @@
+"""A tool as flows see it: how its requests are checked, run, and cancelled from another process."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from prefect import Task
+
+from tasks.jobs.model import JobPolicy, JobResult, JobVendor
+
+
+class Parameters(Protocol):
+    """What the parameters of every tool's job have: a flow takes them, a deployment writes them down."""
+
+    @property
+    def tool(self) -> str:
+        """The tool's name."""
+
+    @property
+    def resource_id(self) -> str:
+        """The connection, sync or job definition to run."""
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+
+    @property
+    def owner(self) -> str | None:
+        """Who is told when it fails."""
+
+    @property
+    def policy(self) -> JobPolicy:
+        """How long to wait, and what the less clear ends mean."""
+
+
+P = TypeVar("P", bound=Parameters, covariant=True)
+
+
+@dataclass(frozen=True)
+class Checked(Generic[P]):
+    """A request that was looked up at the vendor before anything is started.
+
+    Attributes:
+        request: With the vendor's name and owner filled in where none was given.
+        namespace: The schema of the warehouse that it writes to, where that is fixed.
+        prefix: What is put before each stream's name to make the table's.
+        streams: The streams that it loads; empty where the vendor does not say.
+        problem: Why it can't be started now (inactive, paused, broken); None if it can.
+    """
+
+    request: P
+    namespace: str | None = None
+    prefix: str = ""
+    streams: tuple[str, ...] = ()
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A tool whose jobs flows run.
+
+    Attributes:
+        name: The `tool` of its parameters, and the vendor's name in journals and results.
+        title: Its name as people write it.
+        check: A task that looks requests up before anything is started. May return more than it is given,
+            where a request stands for many.
+        run: A task that runs one request to its end.
+        vendor: Makes the vendor from the name of a saved block, for a hook in another process.
+        meta: The `meta` key with which a dbt source or exposure names the resource.
+    """
+
+    name: str
+    title: str
+    check: Task[[list[Any]], Coroutine[Any, Any, list[Checked[Any]]]]
+    run: Task[[Any], Coroutine[Any, Any, JobResult]]
+    vendor: Callable[[str], Awaitable[JobVendor[Any]]]
+    meta: str

@@ -1,0 +1,42 @@
+"""Every tool that flows know. A new vendor is one line here and one in `flows/parameters.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefect import Task
+
+from tasks import airbyte, dbt_core, hightouch
+from tasks.dbt.model import DbtPlan, DbtResult
+from tasks.jobs import JobVendor, Tool
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A tool that builds models.
+
+    Attributes:
+        name: The `tool` of its parameters.
+        plan: A task that tells what would be built, before anything is started.
+        build: A task that builds, without what is given as excluded.
+    """
+
+    name: str
+    plan: Task[[Any], Coroutine[Any, Any, DbtPlan]]
+    build: Task[[Any, Sequence[str]], Coroutine[Any, Any, DbtResult]]
+
+
+TOOLS: dict[str, Tool] = {tool.name: tool for tool in (airbyte.TOOL, hightouch.TOOL)}
+"""The tools whose jobs a flow runs, by name."""
+
+TRANSFORMS: dict[str, Transform] = {
+    transform.name: transform for transform in (Transform("dbt-core", dbt_core.dbt_plan, dbt_core.dbt_build),)
+}
+"""The tools that build models, by name."""
+
+VENDORS: dict[str, Callable[[str], Awaitable[JobVendor[Any]]]] = {
+    tool.name: tool.vendor for tool in TOOLS.values()
+}
+"""How a vendor is made from the name of a saved block, by the vendor's name in the journal."""
