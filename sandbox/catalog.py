@@ -22,6 +22,11 @@ BASIC_PASSWORD = "password"  # noqa: S105 - Airbyte's own documented default
 HIGHTOUCH_API_KEY = "sandbox-hightouch-key"
 HIGHTOUCH_WORKSPACE_ID = 2013
 
+DBT_CLOUD_TOKEN = "dbtc_sandbox-service-token"  # noqa: S105 - published, as the others
+DBT_CLOUD_ACCOUNT_ID = 2013
+DBT_CLOUD_PROJECT_ID = 3001
+DBT_CLOUD_ENVIRONMENT_ID = 3101
+
 # Times of creation are fixed, so that two runs of the sandbox look alike.
 CREATED_AT = 1_735_689_600  # 2025-01-01T00:00:00Z
 
@@ -62,6 +67,17 @@ class SyncSpec:
     primary_key: str
     destination: str
     owner: str
+
+
+@dataclass(frozen=True, slots=True)
+class DbtJobSpec:
+    """One dbt Cloud job of the stage."""
+
+    job_id: int
+    name: str
+    steps: tuple[str, ...]
+    real: bool = False
+    generate_docs: bool = False
 
 
 def _columns(kind: str, names: str) -> dict[str, str]:
@@ -142,6 +158,13 @@ CONNECTIONS = (
 SYNCS = (
     SyncSpec(101, "carrier-scorecard-to-crm", "marts.mart_carrier_scorecard", "carrier", "crm", "flight-ops"),
     SyncSpec(102, "weather-delays-to-braze", "marts.mart_weather_delays", "origin", "braze", "weather-desk"),
+)
+
+# The first really runs dbt on the stage's project and warehouse; the others are scripted, on a dozen nodes.
+DBT_JOBS = (
+    DbtJobSpec(301, "nightly build", ("dbt build",), real=True),
+    DbtJobSpec(302, "scripted build", ("dbt build",)),
+    DbtJobSpec(303, "scripted steps", ("dbt seed", "dbt run", "dbt test"), generate_docs=True),
 )
 
 NIGHTLY_TAG = "nightly"

@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sandbox.airbyte import Connection, ConnectionChange
+from sandbox.dbt_cloud import Job, JobChange, Run
 from sandbox.faults import Fault
 from sandbox.hightouch import Sync, SyncChange
 from sandbox.requestlog import as_dict
@@ -54,6 +55,7 @@ class _Channel(_Body):
 class _Settings(_Body):
     airbyte: dict[str, Any] = Field(default_factory=dict)
     hightouch: dict[str, Any] = Field(default_factory=dict)
+    dbt_cloud: dict[str, Any] = Field(default_factory=dict)
     slack: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -87,6 +89,9 @@ class Control:
             _route("/syncs", self.get_syncs, "GET"),
             _route("/syncs/{key}", self.patch_sync, "PATCH"),
             _route("/runs", self.get_runs, "GET"),
+            _route("/dbt/jobs", self.get_dbt_jobs, "GET"),
+            _route("/dbt/jobs/{key}", self.patch_dbt_job, "PATCH"),
+            _route("/dbt/runs", self.get_dbt_runs, "GET"),
             _route("/slack/messages", self.get_messages, "GET"),
             _route("/slack/messages", self.delete_messages, "DELETE"),
             _route("/slack/channels/{channel}", self.patch_channel, "PATCH"),
@@ -104,7 +109,11 @@ class Control:
             if job.connection_name in starts:
                 starts[job.connection_name] += 1
         return {
-            "urls": {"airbyte": box.airbyte_url, "hightouch": box.hightouch_url},
+            "urls": {
+                "airbyte": box.airbyte_url,
+                "hightouch": box.hightouch_url,
+                "dbt_cloud": box.dbt_cloud_url,
+            },
             "warehouse": str(box.warehouse.path),
             "connections": len(box.airbyte.connections),
             "jobs": len(jobs),
@@ -112,6 +121,7 @@ class Control:
             "starts": starts,
             "token_requests": box.airbyte.token_requests,
             "runs": {sync.spec.slug: len(sync.runs) for sync in box.hightouch.syncs.values()},
+            "dbt_runs": len(box.dbt_cloud.runs),
             "messages": len(box.slack.messages),
             "requests": len(box.requests),
             "faults": box.faults.listing(),
@@ -147,6 +157,11 @@ class Control:
         """GET /runs: every Hightouch run, by sync."""
         syncs = self.sandbox.hightouch.syncs.values()
         return {sync.spec.slug: [run.reply() for run in list(sync.runs)] for sync in syncs}
+
+    async def get_dbt_runs(self, request: Request) -> dict[str, Any]:
+        """GET /dbt/runs: every dbt Cloud run with its steps, by job."""
+        box = self.sandbox.dbt_cloud
+        return {job.name: [_dbt_run(run) for run in box.runs_of(job.job_id)] for job in box.jobs.values()}
 
     async def get_messages(self, request: Request) -> dict[str, Any]:
         """GET /slack/messages?channel=: what was posted, oldest first."""
@@ -219,6 +234,7 @@ class Control:
         return {
             "airbyte": box.airbyte.settings.model_dump(),
             "hightouch": box.hightouch.settings.model_dump(),
+            "dbt_cloud": box.dbt_cloud.settings.model_dump(),
             "slack": box.slack.settings.model_dump(),
         }
 
@@ -226,7 +242,10 @@ class Control:
         """PATCH /settings: change some."""
         box = self.sandbox
         change = await _parsed(request, _Settings)
-        # All three are checked before one is changed.
+        # All are checked before one is changed.
+        dbt_cloud = type(box.dbt_cloud.settings).model_validate(
+            box.dbt_cloud.settings.model_dump() | change.dbt_cloud
+        )
         airbyte = type(box.airbyte.settings).model_validate(
             box.airbyte.settings.model_dump() | change.airbyte
         )
@@ -235,6 +254,7 @@ class Control:
         )
         slack = type(box.slack.settings).model_validate(box.slack.settings.model_dump() | change.slack)
         box.airbyte.settings, box.hightouch.settings, box.slack.settings = airbyte, hightouch, slack
+        box.dbt_cloud.settings = dbt_cloud
         return await self.get_settings(request)
 
     async def get_connections(self, request: Request) -> dict[str, Any]:
@@ -264,6 +284,31 @@ class Control:
         change = await _parsed(request, SyncChange)
         fields = change.model_dump(exclude_unset=True)
         return _sync(self.sandbox.hightouch.set(request.path_params["key"], **fields))
+
+    async def get_dbt_jobs(self, request: Request) -> dict[str, Any]:
+        """GET /dbt/jobs: each with its behaviour."""
+        return {"data": [_dbt_job(job) for job in self.sandbox.dbt_cloud.jobs.values()]}
+
+    async def patch_dbt_job(self, request: Request) -> dict[str, Any]:
+        """PATCH /dbt/jobs/{id or name}: how its next runs behave."""
+        change = await _parsed(request, JobChange)
+        fields = change.model_dump(exclude_unset=True)
+        return _dbt_job(self.sandbox.dbt_cloud.set(request.path_params["key"], **fields))
+
+
+def _dbt_job(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.job_id,
+        "name": job.name,
+        "deleted": job.deleted,
+        "steps": job.execute_steps,
+        **job.behaviour.model_dump(),
+    }
+
+
+def _dbt_run(run: Run) -> dict[str, Any]:
+    steps = [{"name": step.name, "status": step.status.name, "logs": step.logs} for step in run.steps]
+    return {"id": run.run_id, "status": run.status, "cause": run.cause, "steps": steps, **run.overrides}
 
 
 def _connection(connection: Connection) -> dict[str, Any]:

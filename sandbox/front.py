@@ -16,7 +16,12 @@ from sandbox.faults import Fault, FaultBook
 from sandbox.requestlog import LoggedRequest, RequestLog
 
 _log = logging.getLogger("sandbox")
-_VENDORS = (("/api/public/", "airbyte"), ("/hightouch/api/", "hightouch"), ("/services/", "slack"))
+_VENDORS = (
+    ("/api/public/", "airbyte"),
+    ("/hightouch/api/", "hightouch"),
+    ("/services/", "slack"),
+    ("/api/v2/", "dbt_cloud"),
+)
 _AFTER_THE_VENDOR = ("drop_after", "cut", "truncated_json", "null_fields")
 
 

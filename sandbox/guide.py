@@ -20,6 +20,10 @@ def guide(sandbox: Sandbox) -> str:
     syncs = "\n".join(
         f"    {spec.sync_id}  {spec.slug:<26} {spec.table:<29} owner={spec.owner}" for spec in catalog.SYNCS
     )
+    jobs = "\n".join(
+        f"    {spec.job_id}  {spec.name:<16} {'; '.join(spec.steps):<28} {'really runs dbt' * spec.real}"
+        for spec in catalog.DBT_JOBS
+    )
     webhooks = "\n".join(f"    {name:<15} {sandbox.slack_url(name)}" for name in catalog.WEBHOOKS)
     return f"""\
 The sandbox is at {sandbox.url}  (everything below is invented; the credentials open nothing else)
@@ -38,6 +42,13 @@ Hightouch, API v1
   syncs: each reads its table from the warehouse
 {syncs}
 
+dbt Cloud, Administrative API v2
+    domain         {sandbox.dbt_cloud_url}
+    account        {catalog.DBT_CLOUD_ACCOUNT_ID}
+    API key        {catalog.DBT_CLOUD_TOKEN}
+  jobs
+{jobs}
+
 Slack, incoming webhooks
 {webhooks}
 
@@ -49,6 +60,7 @@ Look
     who asked what    curl '{control}/requests?vendor=airbyte'
     Airbyte's jobs    curl {control}/jobs
     Hightouch's runs  curl {control}/runs
+    dbt Cloud's runs  curl {control}/dbt/runs
     what was posted   curl {control}/slack/messages
 
 Make trouble
@@ -58,6 +70,8 @@ Make trouble
       also: duration, queued_seconds, visibility_delay (seconds), status (active, inactive)
     the CRM sync rejects some rows:
       curl -X PATCH {control}/syncs/101 -d '{{"outcome":"warn"}}'
+    a model fails in the next dbt Cloud run:
+      curl -X PATCH {control}/dbt/jobs/302 -d '{{"outcome":"fail","node":"fct_flights","times":1}}'
     Airbyte answers 503, three times:
       curl {control}/faults -d '{{"vendor":"airbyte","kind":"status","status":503,"times":3}}'
     a start is accepted, but its reply is lost:

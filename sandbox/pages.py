@@ -36,6 +36,7 @@ class Pages:
             Route("/workspaces/{workspace}/connections/{connection}/{rest:path}", self.connection),
             Route("/hightouch/{workspace}/syncs/{sync}", self.sync),
             Route("/hightouch/{workspace}/syncs/{sync}/runs/{run}", self.sync),
+            Route("/deploy/{account}/projects/{project}/runs/{run:int}/", self.dbt_run),
         ]
 
     async def home(self, request: Request) -> Response:
@@ -79,6 +80,18 @@ class Pages:
         ]
         table = _table(["run", "status", "created", "rows", "error"], rows, request.path_params.get("run"))
         return _page(f"Hightouch sync {sync.spec.slug}", f"<p>Model: {sync.spec.table}</p>{table}")
+
+    async def dbt_run(self, request: Request) -> Response:
+        """A dbt Cloud run: its steps with what they printed."""
+        try:
+            run = self.sandbox.dbt_cloud.run(request.path_params["run"])
+        except KeyError:
+            return _page("Not found", "<p>There is no such run.</p>", 404)
+        steps = "".join(
+            f"<h2>{escape(step.name)}</h2><pre>{escape(step.logs)}</pre>" for step in run.steps if run.final
+        )
+        about = f"<p>Status: {run.status}. Cause: {escape(run.cause)}</p>"
+        return _page(f"dbt Cloud run {run.run_id} of {run.job.name}", about + steps)
 
 
 def _table(heads: list[str], rows: list[list[object]], marked: str | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 import threading
 import time
 from email.utils import formatdate
@@ -16,8 +17,9 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from sandbox import airbyte_api, catalog, control, hightouch_api, pages
+from sandbox import airbyte_api, catalog, control, dbt_cloud_api, hightouch_api, pages
 from sandbox.airbyte import Airbyte
+from sandbox.dbt_cloud import DbtCloud
 from sandbox.faults import FaultBook
 from sandbox.front import Front
 from sandbox.hightouch import Hightouch
@@ -49,21 +51,30 @@ class Sandbox:
         port: the port on 127.0.0.1; 0 takes a free one.
         warehouse: the DuckDB file that Airbyte loads and Hightouch reads.
         job_seconds: how long jobs take at least, until changed per connection or sync.
+        tls: serve https with its certificate, for clients that know nothing else.
 
     Raises:
         OSError: on start, when the port is taken.
     """
 
     def __init__(
-        self, state_dir: Path, port: int = 0, warehouse: Path | None = None, *, job_seconds: float = 3.0
+        self,
+        state_dir: Path,
+        port: int = 0,
+        warehouse: Path | None = None,
+        *,
+        job_seconds: float = 3.0,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.state_dir = Path(state_dir).absolute()
         self.port = port
+        self._tls = tls
         self.warehouse = Warehouse(
             (warehouse or self.state_dir / "warehouse.duckdb").absolute(), self.state_dir
         )
         self.airbyte = Airbyte(self.warehouse, job_seconds)
         self.hightouch = Hightouch(self.warehouse, job_seconds)
+        self.dbt_cloud = DbtCloud(self.warehouse, job_seconds)
         self.slack = Slack()
         self.requests = RequestLog()
         self.faults = FaultBook()
@@ -89,6 +100,7 @@ class Sandbox:
             routes=[
                 *airbyte_api.AirbyteApi(self.airbyte).routes(),
                 *hightouch_api.HightouchApi(self.hightouch).routes(),
+                *dbt_cloud_api.DbtCloudApi(self.dbt_cloud).routes(),
                 *self.slack.routes(),
                 *control.Control(self).routes(),
                 *pages.Pages(self).routes(),
@@ -100,7 +112,7 @@ class Sandbox:
     @property
     def url(self) -> str:
         """The server's address, without a slash at the end."""
-        return f"http://{HOST}:{self.port}"
+        return f"{'https' if self._tls else 'http'}://{HOST}:{self.port}"
 
     @property
     def airbyte_url(self) -> str:
@@ -111,6 +123,11 @@ class Sandbox:
     def hightouch_url(self) -> str:
         """The base URL of Hightouch's API."""
         return f"{self.url}{hightouch_api.PREFIX}"
+
+    @property
+    def dbt_cloud_url(self) -> str:
+        """What a block for the sandbox's dbt Cloud takes as its domain; a real one has no scheme."""
+        return self.url
 
     def slack_url(self, channel: str = catalog.DEFAULT_CHANNEL) -> str:
         """The incoming webhook of a channel.
@@ -146,6 +163,7 @@ class Sandbox:
         self._thread = None
         self.airbyte.stop()
         self.hightouch.stop()
+        self.dbt_cloud.stop()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -232,7 +250,7 @@ class Sandbox:
             listening.close()
             return
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(self._protocol, sock=listening, backlog=2048)
+        self._listener = await loop.create_server(self._protocol, sock=listening, ssl=self._tls, backlog=2048)
 
     def _protocol(self) -> _Protocol:
         return _Protocol(config=self._config, server_state=self._state, app_state={}, _loop=self._loop)

@@ -208,6 +208,7 @@ class Stage:
 
     def save_blocks(self) -> None:
         """Save the blocks that flows and deployments name: the vendors' accounts and the Slack channels."""
+        from prefect_dbt.cloud import DbtCloudCredentials
         from prefect_slack import SlackWebhook
 
         from blocks import AirbyteServer, HightouchCredentials
@@ -222,6 +223,11 @@ class Stage:
             base_url=f"{self.sandbox_url}/hightouch/api/v1",
             app_url=f"{self.sandbox_url}/hightouch",
         ).save("hightouch", overwrite=True)
+        DbtCloudCredentials(
+            api_key=catalog.DBT_CLOUD_TOKEN,
+            account_id=catalog.DBT_CLOUD_ACCOUNT_ID,
+            domain=self.sandbox_url,
+        ).save("dbt-cloud", overwrite=True)
         for channel, (webhook_id, secret) in catalog.WEBHOOKS.items():
             url = f"{self.sandbox_url}/services/{catalog.SLACK_TEAM}/{webhook_id}/{secret}"
             SlackWebhook(url=url).save(channel, overwrite=True)

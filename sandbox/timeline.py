@@ -28,6 +28,8 @@ HightouchOutcome = Literal[
     "succeed", "warn", "fail", "cancel", "interrupt", "stuck", "zero_rows", "unknown_word"
 ]
 
+DbtCloudOutcome = Literal["succeed", "warn", "fail", "fail_setup", "cancel", "stuck", "unknown_word"]
+
 
 class Behaviour(BaseModel):
     """How jobs behave from the next start on. Times are seconds."""
@@ -61,6 +63,21 @@ class SyncBehaviour(Behaviour):
 
     outcome: HightouchOutcome = "succeed"
     rejected: float = Field(0.1, gt=0, le=1, description="The share of rows that outcome warn rejects.")
+
+
+class DbtJobBehaviour(Behaviour):
+    """How a dbt Cloud job's runs behave."""
+
+    outcome: DbtCloudOutcome = "succeed"
+    word: str = Field("7", pattern=r"^\d+$", description="The status number of outcome unknown_word.")
+    visibility_delay: float = Field(0.0, ge=0, description="For this long a new run is answered with 404.")
+    real: bool = Field(False, description="Whether dbt really runs, on the stage's project and warehouse.")
+    node: str = Field("fct_flights", description="The node (or test) that outcome fail breaks.")
+    deps: bool = Field(True, description="Whether the automatic first steps include `dbt deps`.")
+    missing: list[str] = Field(default_factory=list, description="Artifacts that a run leaves out.")
+    artifacts_delay: float = Field(0.0, ge=0, description="For so long after the end there are none.")
+    logs_delay: float = Field(0.0, ge=0, description="For so long after the end steps' logs are empty.")
+    cancel_seconds: float = Field(0.1, ge=0, description="How long a cancelled run goes on running.")
 
 
 @dataclass(frozen=True, slots=True)

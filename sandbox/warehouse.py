@@ -119,6 +119,22 @@ class Warehouse:
         return int(row[0]) if row else None
 
     @contextmanager
+    def lent(self, cancelled: threading.Event) -> Iterator[Path]:
+        """The file for another process: meanwhile nobody in this one opens it, as DuckDB takes one at a time.
+
+        Raises:
+            Interrupted: it was cancelled while it waited for its turn.
+        """
+        while not self._lock.acquire(timeout=_RETRY_EVERY):
+            if cancelled.is_set():
+                raise Interrupted
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            yield self.path
+        finally:
+            self._lock.release()
+
+    @contextmanager
     def _visit(self, cancelled: threading.Event | None = None) -> Iterator[duckdb.DuckDBPyConnection]:
         """The open database, for the shortest time; cancelling interrupts the statement that runs."""
         stop = cancelled or threading.Event()
