@@ -475,7 +475,7 @@ def test_examples_of_the_guide_work_as_printed(box: Sandbox) -> None:
 
     text = guide(box).replace("\\\n", " ")
     examples = re.findall(r"curl (?:-X (\w+) )?'?(http\S+?)'?(?:\s+-d '([^']+)')?\s*$", text, re.MULTILINE)
-    assert len(examples) == text.count("curl ") == 12
+    assert len(examples) == text.count("curl ") >= 12
     with httpx.Client() as client:
         # The outage last: after it nobody listens.
         for method, url, body in sorted(examples, key=lambda example: "outage" in example[1]):
