@@ -28,7 +28,8 @@ from flows.fan_out import (
     submit,
 )
 from flows.gate import Gate
-from flows.parameters import Activation, Notify, Sync, Transform
+from flows.own_steps import run_after, run_before
+from flows.parameters import Activation, Notify, OwnStep, Sync, Transform
 from flows.picture import picture
 from flows.report import EltReport, Step, StepState, messages
 from flows.rules import AllowFailure, check_rule
@@ -36,6 +37,7 @@ from tasks.cancellation import cancel_open_jobs
 from tasks.dbt.model import DbtBuildFailed, DbtNode, DbtPlan, DbtResult
 from tasks.jobs import Checked, EventLoopTaskRunner, limit_concurrency
 from tasks.slack import slack_check, slack_message
+from tasks.steps import check_steps
 from tasks.tools import TRANSFORMS
 
 
@@ -47,6 +49,8 @@ def elt_chain(
     notify: Notify | None = None,
     allow_failure: AllowFailure = "none",
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
+    before: list[OwnStep] = [],  # noqa: B006 - as above
+    after: list[OwnStep] = [],  # noqa: B006 - as above
 ) -> EltReport:
     """Sync, transform, activate and tell, with failure following lineage.
 
@@ -62,6 +66,8 @@ def elt_chain(
         allow_failure: How much failure the run may bear: `none`, `any`, `{"at_most": n}` or
             `{"required": [ids or names]}`. Only the final state depends on it.
         max_concurrency: How many tasks may run at the same time.
+        before: Steps of your own before the syncs, one after the other. One that fails holds back the chain.
+        after: Steps of your own after the activations, one after the other: if all was done, or always.
 
     Returns:
         Every step with its outcome. The run is Completed if everything was done, and PartiallyRefreshed (a
@@ -80,31 +86,65 @@ def elt_chain(
         checking, checking_activations = Checking(syncs), Checking(activations)
         planning = submit(TRANSFORMS[transform.tool].plan, transform) if transform else None
         webhooks = submit(slack_check, notify) if notify else None
+        own_steps = submit(check_steps, [*before, *after]) if before or after else None
         checked = checking.result(allow_failure)
         plan = planning.result() if planning else None
         checked_activations = checking_activations.result(allow_failure)
         if webhooks:
             webhooks.result()
-        check_rule(allow_failure, ids_and_names([*checked, *checked_activations]))
+        if own_steps:
+            own_steps.result()
+        jobs_asked_for = [found.request for found in (*checked, *checked_activations)]
+        check_rule(allow_failure, ids_and_names([*before, *jobs_asked_for, *after]))
     except KNOWN_ERRORS as error:
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
 
-    jobs = run_each(checked)
-    gate = Gate(plan, checked, jobs)
+    steps, trouble = run_before(before)
+    if trouble:
+        report = _hold_all(checked, transform, plan, checked_activations, trouble)
+    else:
+        report = _run_all(checked, transform, plan, checked_activations)
+    steps += report.steps
+    steps += run_after(after, steps)
+    report = conclude(report.model_copy(update={"steps": steps}), allow_failure, began=began)
+    publish(report, "elt-report")
+    if notify:
+        _tell(notify, report)
+    return final_state(report)  # type: ignore[no-any-return]
+
+
+def _run_all(
+    syncs: Sequence[Checked[Any]],
+    transform: Transform | None,
+    plan: DbtPlan | None,
+    activations: Sequence[Checked[Any]],
+) -> EltReport:
+    """Syncs, transform and activations, each as far as what is before it went well."""
+    jobs = run_each(syncs)
+    gate = Gate(plan, syncs, jobs)
     steps = steps_of(jobs)
     nodes: list[DbtNode] = []
     if transform and plan:
         step, nodes = _transform(transform, plan, gate)
         steps.append(step)
-    steps += _activate(checked_activations, gate)
+    steps += _activate(activations, gate)
+    boxes, edges = picture(gate, steps, [found.request for found in activations], nodes)
+    return EltReport(steps=steps, nodes=nodes, held_nodes=gate.held_nodes(), boxes=boxes, edges=edges)
 
-    boxes, edges = picture(gate, steps, [found.request for found in checked_activations], nodes)
-    report = EltReport(steps=steps, nodes=nodes, held_nodes=gate.held_nodes(), boxes=boxes, edges=edges)
-    report = conclude(report, allow_failure, began=began)
-    publish(report, "elt-report")
-    if notify:
-        _tell(notify, report)
-    return final_state(report)  # type: ignore[no-any-return]
+
+def _hold_all(
+    syncs: Sequence[Checked[Any]],
+    transform: Transform | None,
+    plan: DbtPlan | None,
+    activations: Sequence[Checked[Any]],
+    why: str,
+) -> EltReport:
+    """The report of a chain that was not begun."""
+    steps = [Step.held("sync", found.request, why) for found in syncs]
+    if transform and plan:
+        steps.append(_transform_step(transform, plan, StepState.HELD, why))
+    steps += [Step.held("activation", found.request, why) for found in activations]
+    return EltReport(steps=steps)
 
 
 def _transform(dbt: Transform, plan: DbtPlan, gate: Gate) -> tuple[Step, list[DbtNode]]:
@@ -158,22 +198,10 @@ def _activate(activations: Sequence[Checked[Any]], gate: Gate) -> list[Step]:
     for found, why in zip(activations, reasons, strict=True):
         if why:
             get_run_logger().warning("held back: %s, because %s", found.request.label, why)
-            steps.append(_held(found.request, why))
+            steps.append(Step.held("activation", found.request, why))
         else:
             steps.append(Step.of_job("activation", next(done)))
     return steps
-
-
-def _held(request: Activation, why: str) -> Step:
-    return Step(
-        kind="activation",
-        tool=request.tool,
-        resource_id=request.resource_id,
-        name=request.label,
-        owner=request.owner,
-        state=StepState.HELD,
-        message=why,
-    )
 
 
 def _tell(notify: Notify, report: EltReport) -> None:

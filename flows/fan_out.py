@@ -18,7 +18,16 @@ from blocks.reference import BlockNotFound
 from flows.report import EltReport, Report, Step, SyncReport
 from flows.rules import AllowFailure, bears
 from tasks.dbt_core import DbtError
-from tasks.jobs import Checked, InputError, JobError, JobResult, JobState, Parameters, without_traceback
+from tasks.jobs import (
+    Checked,
+    InputError,
+    JobError,
+    JobResult,
+    JobState,
+    Parameters,
+    Request,
+    without_traceback,
+)
 from tasks.tools import TOOLS
 
 KNOWN_ERRORS = (InputError, VendorError, BlockNotFound, DbtError)
@@ -97,9 +106,9 @@ def refuse_no_syncs(syncs: Sequence[Parameters]) -> None:
         raise InputError("There is no sync to run: the list of syncs is empty.")
 
 
-def ids_and_names(checked: Iterable[Checked[Any]]) -> list[tuple[str, str]]:
+def ids_and_names(requests: Iterable[Request]) -> list[tuple[str, str]]:
     """What a rule may name."""
-    return [(found.request.resource_id, found.request.label) for found in checked]
+    return [(request.resource_id, request.label) for request in requests]
 
 
 def run_each(checked: Sequence[Checked[Any]]) -> list[JobResult]:
@@ -132,7 +141,7 @@ def _refused_job(found: Checked[Any]) -> JobResult:
     )
 
 
-def outcome(future: PrefectFuture[JobResult], request: Parameters) -> JobResult:
+def outcome(future: PrefectFuture[JobResult], request: Request) -> JobResult:
     """The result of a job's task, also where the task failed.
 
     Args:

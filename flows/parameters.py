@@ -8,6 +8,9 @@ from tasks.airbyte import AirbyteSync
 from tasks.dbt_core import DbtCore
 from tasks.hightouch import HightouchSync
 from tasks.slack import SlackNotify
+from tasks.steps import OwnStep
+
+__all__ = ["Activation", "Notify", "OwnStep", "Sync", "Transform"]
 
 Sync = AirbyteSync
 """What loads a connection."""

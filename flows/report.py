@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.dbt.model import DbtNode
-from tasks.jobs import JobResult
+from tasks.jobs import JobResult, Request
 from tasks.slack import escape
 
 
@@ -25,6 +25,7 @@ class StepState(StrEnum):
     HELD = "HELD"
 
 
+_TELLING = ("before", "transform", "after")
 _MARKS = {
     StepState.SUCCEEDED: "✓",
     StepState.PARTIAL: "◐",
@@ -35,12 +36,16 @@ _MARKS = {
 }
 
 
+Kind = Literal["before", "sync", "transform", "activation", "after"]
+"""Where in the chain a step is."""
+
+
 class Step(BaseModel):
-    """One step of a run: a connection's sync, the transform, an activation."""
+    """One step of a run: a connection's sync, the transform, an activation, or one of the user's own."""
 
     model_config = ConfigDict(frozen=True)
 
-    kind: Literal["sync", "transform", "activation"]
+    kind: Kind
     tool: str
     resource_id: str
     name: str
@@ -55,7 +60,7 @@ class Step(BaseModel):
     tolerated: bool = False
 
     @classmethod
-    def of_job(cls, kind: Literal["sync", "activation"], job: JobResult) -> Step:
+    def of_job(cls, kind: Kind, job: JobResult) -> Step:
         """The step that a job's result stands for."""
         fields = job.model_dump(
             include={
@@ -73,6 +78,19 @@ class Step(BaseModel):
         )
         return cls(kind=kind, tool=job.vendor, state=StepState(job.state.value), **fields)
 
+    @classmethod
+    def held(cls, kind: Kind, request: Request, why: str) -> Step:
+        """The step of a request that was not started."""
+        return cls(
+            kind=kind,
+            tool=request.tool,
+            resource_id=request.resource_id,
+            name=request.label,
+            owner=request.owner,
+            state=StepState.HELD,
+            message=why,
+        )
+
     @property
     def good(self) -> bool:
         """Whether it did what was asked for."""
@@ -89,7 +107,8 @@ class Step(BaseModel):
         parts = [
             f"{self.rows:,} rows" if self.rows is not None else "",
             f"{self.duration:.1f} s" if self.duration is not None else "",
-            (self.message or "") if not self.good or self.tolerated or self.kind == "transform" else "",
+            # What a vendor says of a job that went well is no news; a dbt build's summary is.
+            (self.message or "") if not self.good or self.tolerated or self.kind in _TELLING else "",
         ]
         return f"{_MARKS[self.state]} {self.name}: " + ", ".join(
             [self.state.value.lower(), *(part for part in parts if part)]
@@ -183,7 +202,7 @@ class EltReport(Report):
     boxes: dict[str, tuple[str, str]] = {}
     edges: list[Edge] = []
 
-    def of(self, kind: Literal["sync", "transform", "activation"]) -> list[Step]:
+    def of(self, kind: Kind) -> list[Step]:
         """The steps of a kind."""
         return [step for step in self.steps if step.kind == kind]
 

@@ -60,7 +60,7 @@ def sync_connections(
     try:
         refuse_no_syncs(syncs)
         checked = Checking(syncs).result(allow_failure)
-        check_rule(allow_failure, ids_and_names(checked))
+        check_rule(allow_failure, ids_and_names(found.request for found in checked))
     except KNOWN_ERRORS as error:
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
     outcomes = run_each(checked)

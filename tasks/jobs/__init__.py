@@ -23,7 +23,7 @@ from tasks.jobs.outcome import cancel_job
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
 from tasks.jobs.tags import tag_run
-from tasks.jobs.tool import Checked, Parameters, Tool
+from tasks.jobs.tool import Checked, Parameters, Request, Tool
 from tasks.jobs.watcher import JobWatcher, watcher_for
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "Journal",
     "MemoryJournal",
     "Parameters",
+    "Request",
     "RunJournal",
     "StreamResult",
     "Tool",

@@ -11,8 +11,8 @@ from prefect import Task
 from tasks.jobs.model import JobPolicy, JobResult, JobVendor
 
 
-class Parameters(Protocol):
-    """What the parameters of every tool's job have: a flow takes them, a deployment writes them down."""
+class Request(Protocol):
+    """What a report needs to know of anything that a flow is asked to do."""
 
     @property
     def tool(self) -> str:
@@ -20,7 +20,7 @@ class Parameters(Protocol):
 
     @property
     def resource_id(self) -> str:
-        """The connection, sync or job definition to run."""
+        """The connection, sync or job definition to run; what to do of a step of one's own."""
 
     @property
     def label(self) -> str:
@@ -29,6 +29,10 @@ class Parameters(Protocol):
     @property
     def owner(self) -> str | None:
         """Who is told when it fails."""
+
+
+class Parameters(Request, Protocol):
+    """What the parameters of every tool's job have: a flow takes them, a deployment writes them down."""
 
     @property
     def policy(self) -> JobPolicy:
