@@ -65,7 +65,7 @@ class Warehouse:
             Interrupted: the job was cancelled meanwhile.
             WarehouseLocked: another process has the file.
         """
-        source = self._source_file(stream)
+        source = self.source_file(stream)
         # Column by column rather than sniffed: a type must not depend on where the first NA stands.
         columns = ", ".join(f"'{name}': '{kind}'" for name, kind in stream.columns.items())
         statement = f"""
@@ -174,7 +174,8 @@ class Warehouse:
             if stop.wait(_RETRY_EVERY):
                 raise Interrupted
 
-    def _source_file(self, stream: Stream) -> Path:
+    def source_file(self, stream: Stream) -> Path:
+        """The CSV file of a stream, unzipped once if it comes zipped."""
         packed = data_folder() / stream.file
         if packed.suffix != ".zip":
             return packed
