@@ -1,6 +1,7 @@
 """Prefect blocks: one per tool, with its settings, its secrets and a typed client for its API."""
 
 from blocks.airbyte import AirbyteServer
+from blocks.fivetran import FivetranCredentials
 from blocks.hightouch import HightouchCredentials
 
-__all__ = ["AirbyteServer", "HightouchCredentials"]
+__all__ = ["AirbyteServer", "FivetranCredentials", "HightouchCredentials"]
