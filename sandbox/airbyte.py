@@ -351,7 +351,7 @@ class Airbyte:
             if job.job_type != "sync":
                 self.warehouse.clear(stream, work.cancelled)
             else:
-                work.rows, work.size = self.warehouse.stage(stream, job.job_id, work.cancelled)
+                work.rows, work.size = self.warehouse.stage(stream, _added(job.job_id), work.cancelled)
                 if work.cancelled.wait(min(LONG, max(0.0, timeline.planned_end - time.monotonic()))):
                     self.warehouse.discard(stream)
                     return
@@ -365,6 +365,16 @@ class Airbyte:
 
 
 _JWT = {"alg": "HS256", "typ": "JWT"}
+
+
+def _added(job_id: int) -> str:
+    """The columns that Airbyte adds to each table."""
+    return f"""
+        uuid()::VARCHAR AS _airbyte_raw_id,
+        now() AS _airbyte_extracted_at,
+        '{{"sync_id":{job_id},"changes":[]}}'::JSON AS _airbyte_meta,
+        {job_id}::BIGINT AS _airbyte_generation_id
+    """
 
 
 def _stream_reply(stream: catalog.Stream) -> dict[str, Any]:

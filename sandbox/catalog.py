@@ -6,7 +6,7 @@ agree on names and ids.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from uuid import NAMESPACE_URL, uuid5
 
 WORKSPACE_ID = "5a3d0000-2013-4a00-8000-00000000aaaa"
@@ -26,6 +26,11 @@ DBT_CLOUD_TOKEN = "dbtc_sandbox-service-token"  # noqa: S105 - published, as the
 DBT_CLOUD_ACCOUNT_ID = 2013
 DBT_CLOUD_PROJECT_ID = 3001
 DBT_CLOUD_ENVIRONMENT_ID = 3101
+
+FIVETRAN_API_KEY = "sandbox-fivetran-key"
+FIVETRAN_API_SECRET = "sandbox-fivetran-secret"  # noqa: S105 - published, as all of the sandbox's
+FIVETRAN_GROUP_ID = "nimble_harbour"
+FIVETRAN_USER_ID = "patient_ferryman"
 
 # Times of creation are fixed, so that two runs of the sandbox look alike.
 CREATED_AT = 1_735_689_600  # 2025-01-01T00:00:00Z
@@ -54,6 +59,21 @@ class ConnectionSpec:
     name: str
     connection_id: str
     owner: str
+    stream: Stream
+
+
+@dataclass(frozen=True, slots=True)
+class FivetranSpec:
+    """One Fivetran connection of the stage.
+
+    `schema` is its name too. What it is to the warehouse depends on the connector: the destination's schema,
+    schema and table with a dot between them, or (a database) what the source's schemas are prefixed with.
+    """
+
+    connection_id: str
+    service: str
+    schema: str
+    source_schema: str
     stream: Stream
 
 
@@ -153,6 +173,26 @@ CONNECTIONS = (
     ConnectionSpec("planes", "7f1a6003-2013-4a00-8000-000000000003", "reference-data", PLANES),
     ConnectionSpec("airports", "7f1a6004-2013-4a00-8000-000000000004", "reference-data", AIRPORTS),
     ConnectionSpec("airlines", "7f1a6005-2013-4a00-8000-000000000005", "reference-data", AIRLINES),
+)
+
+FIVETRAN_CONNECTIONS = (
+    FivetranSpec(
+        "gusty_anemometer", "s3", "fivetran_weather", "s3", replace(WEATHER, schema="fivetran_weather")
+    ),
+    FivetranSpec(
+        "jaunty_hangar",
+        "postgres",
+        "fivetran_fleet",
+        "public",
+        replace(PLANES, schema="fivetran_fleet_public"),
+    ),
+    FivetranSpec(
+        "prompt_terminal",
+        "google_sheets",
+        "fivetran_sheets.airports",
+        "google_sheets",
+        replace(AIRPORTS, schema="fivetran_sheets"),
+    ),
 )
 
 SYNCS = (

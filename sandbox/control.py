@@ -17,6 +17,8 @@ from starlette.routing import Route
 from sandbox.airbyte import Connection, ConnectionChange
 from sandbox.dbt_cloud import Job, JobChange, Run
 from sandbox.faults import Fault
+from sandbox.fivetran import Connection as FivetranConnection
+from sandbox.fivetran import FivetranChange
 from sandbox.hightouch import Sync, SyncChange
 from sandbox.requestlog import as_dict
 from sandbox.slack import ChannelError
@@ -56,6 +58,7 @@ class _Settings(_Body):
     airbyte: dict[str, Any] = Field(default_factory=dict)
     hightouch: dict[str, Any] = Field(default_factory=dict)
     dbt_cloud: dict[str, Any] = Field(default_factory=dict)
+    fivetran: dict[str, Any] = Field(default_factory=dict)
     slack: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -92,6 +95,8 @@ class Control:
             _route("/dbt/jobs", self.get_dbt_jobs, "GET"),
             _route("/dbt/jobs/{key}", self.patch_dbt_job, "PATCH"),
             _route("/dbt/runs", self.get_dbt_runs, "GET"),
+            _route("/fivetran/connections", self.get_fivetran, "GET"),
+            _route("/fivetran/connections/{key}", self.patch_fivetran, "PATCH"),
             _route("/slack/messages", self.get_messages, "GET"),
             _route("/slack/messages", self.delete_messages, "DELETE"),
             _route("/slack/channels/{channel}", self.patch_channel, "PATCH"),
@@ -113,6 +118,7 @@ class Control:
                 "airbyte": box.airbyte_url,
                 "hightouch": box.hightouch_url,
                 "dbt_cloud": box.dbt_cloud_url,
+                "fivetran": box.fivetran_url,
             },
             "warehouse": str(box.warehouse.path),
             "connections": len(box.airbyte.connections),
@@ -122,6 +128,7 @@ class Control:
             "token_requests": box.airbyte.token_requests,
             "runs": {sync.spec.slug: len(sync.runs) for sync in box.hightouch.syncs.values()},
             "dbt_runs": len(box.dbt_cloud.runs),
+            "fivetran_syncs": {c.schema: len(c.syncs) for c in list(box.fivetran.connections.values())[:50]},
             "messages": len(box.slack.messages),
             "requests": len(box.requests),
             "faults": box.faults.listing(),
@@ -231,30 +238,19 @@ class Control:
     async def get_settings(self, request: Request) -> dict[str, Any]:
         """GET /settings: of the vendors' servers."""
         box = self.sandbox
-        return {
-            "airbyte": box.airbyte.settings.model_dump(),
-            "hightouch": box.hightouch.settings.model_dump(),
-            "dbt_cloud": box.dbt_cloud.settings.model_dump(),
-            "slack": box.slack.settings.model_dump(),
-        }
+        return {vendor: getattr(box, vendor).settings.model_dump() for vendor in _Settings.model_fields}
 
     async def patch_settings(self, request: Request) -> dict[str, Any]:
         """PATCH /settings: change some."""
         box = self.sandbox
         change = await _parsed(request, _Settings)
         # All are checked before one is changed.
-        dbt_cloud = type(box.dbt_cloud.settings).model_validate(
-            box.dbt_cloud.settings.model_dump() | change.dbt_cloud
-        )
-        airbyte = type(box.airbyte.settings).model_validate(
-            box.airbyte.settings.model_dump() | change.airbyte
-        )
-        hightouch = type(box.hightouch.settings).model_validate(
-            box.hightouch.settings.model_dump() | change.hightouch
-        )
-        slack = type(box.slack.settings).model_validate(box.slack.settings.model_dump() | change.slack)
-        box.airbyte.settings, box.hightouch.settings, box.slack.settings = airbyte, hightouch, slack
-        box.dbt_cloud.settings = dbt_cloud
+        checked = {}
+        for vendor, settings in change.model_dump(exclude_unset=True).items():
+            now = getattr(box, vendor).settings
+            checked[vendor] = type(now).model_validate(now.model_dump() | settings)
+        for vendor, settings in checked.items():
+            getattr(box, vendor).settings = settings
         return await self.get_settings(request)
 
     async def get_connections(self, request: Request) -> dict[str, Any]:
@@ -285,6 +281,17 @@ class Control:
         fields = change.model_dump(exclude_unset=True)
         return _sync(self.sandbox.hightouch.set(request.path_params["key"], **fields))
 
+    async def get_fivetran(self, request: Request) -> dict[str, Any]:
+        """GET /fivetran/connections: each with its behaviour and its syncs, which Fivetran's API has not."""
+        keys = list(self.sandbox.fivetran.connections)
+        return {"data": [_fivetran(self.sandbox.fivetran.connection(key)) for key in keys]}
+
+    async def patch_fivetran(self, request: Request) -> dict[str, Any]:
+        """PATCH /fivetran/connections/{id or schema}: how its next syncs behave, or what it is."""
+        change = await _parsed(request, FivetranChange)
+        fields = change.model_dump(exclude_unset=True)
+        return _fivetran(self.sandbox.fivetran.set(request.path_params["key"], **fields))
+
     async def get_dbt_jobs(self, request: Request) -> dict[str, Any]:
         """GET /dbt/jobs: each with its behaviour."""
         return {"data": [_dbt_job(job) for job in self.sandbox.dbt_cloud.jobs.values()]}
@@ -309,6 +316,21 @@ def _dbt_job(job: Job) -> dict[str, Any]:
 def _dbt_run(run: Run) -> dict[str, Any]:
     steps = [{"name": step.name, "status": step.status.name, "logs": step.logs} for step in run.steps]
     return {"id": run.run_id, "status": run.status, "cause": run.cause, "steps": steps, **run.overrides}
+
+
+def _fivetran(connection: FivetranConnection) -> dict[str, Any]:
+    syncs = [
+        {
+            "id": sync.sync_id,
+            "started_by": sync.started_by,
+            "forced": sync.forced,
+            "historical": sync.historical,
+            "state": sync.word,
+            "rows": sync.timeline.work.rows if sync.timeline.work else None,
+        }
+        for sync in list(connection.syncs)
+    ]
+    return {**connection.reply(), **connection.behaviour.model_dump(), "syncs": syncs}
 
 
 def _connection(connection: Connection) -> dict[str, Any]:

@@ -21,6 +21,7 @@ _VENDORS = (
     ("/hightouch/api/", "hightouch"),
     ("/services/", "slack"),
     ("/api/v2/", "dbt_cloud"),
+    ("/fivetran/v1/", "fivetran"),
 )
 _AFTER_THE_VENDOR = ("drop_after", "cut", "truncated_json", "null_fields")
 

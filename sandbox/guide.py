@@ -20,6 +20,10 @@ def guide(sandbox: Sandbox) -> str:
     syncs = "\n".join(
         f"    {spec.sync_id}  {spec.slug:<26} {spec.table:<29} owner={spec.owner}" for spec in catalog.SYNCS
     )
+    fivetran = "\n".join(
+        f"    {spec.connection_id:<17} {spec.schema:<25} {spec.service:<14} {spec.stream.table}"
+        for spec in catalog.FIVETRAN_CONNECTIONS
+    )
     jobs = "\n".join(
         f"    {spec.job_id}  {spec.name:<16} {'; '.join(spec.steps):<28} {'really runs dbt' * spec.real}"
         for spec in catalog.DBT_JOBS
@@ -42,6 +46,13 @@ Hightouch, API v1
   syncs: each reads its table from the warehouse
 {syncs}
 
+Fivetran, REST API v1
+    base URL       {sandbox.fivetran_url}
+    API key        {catalog.FIVETRAN_API_KEY}
+    API secret     {catalog.FIVETRAN_API_SECRET}
+  connections: each really loads its table into the warehouse
+{fivetran}
+
 dbt Cloud, Administrative API v2
     domain         {sandbox.dbt_cloud_url}
     account        {catalog.DBT_CLOUD_ACCOUNT_ID}
@@ -60,6 +71,7 @@ Look
     who asked what    curl '{control}/requests?vendor=airbyte'
     Airbyte's jobs    curl {control}/jobs
     Hightouch's runs  curl {control}/runs
+    Fivetran's syncs  curl {control}/fivetran/connections
     dbt Cloud's runs  curl {control}/dbt/runs
     what was posted   curl {control}/slack/messages
 
@@ -70,6 +82,11 @@ Make trouble
       also: duration, queued_seconds, visibility_delay (seconds), status (active, inactive)
     the CRM sync rejects some rows:
       curl -X PATCH {control}/syncs/101 -d '{{"outcome":"warn"}}'
+    the source of a Fivetran connection has no quota left, once:
+      curl -X PATCH {control}/fivetran/connections/gusty_anemometer \\
+        -d '{{"outcome":"reschedule","times":1}}'
+      outcomes: succeed fail reschedule stuck pause break cancel unknown_word;
+      also: paused, setup_state (connected, incomplete, broken), schedule_type (auto, manual)
     a model fails in the next dbt Cloud run:
       curl -X PATCH {control}/dbt/jobs/302 -d '{{"outcome":"fail","node":"fct_flights","times":1}}'
     Airbyte answers 503, three times:

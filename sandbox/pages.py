@@ -36,6 +36,7 @@ class Pages:
             Route("/workspaces/{workspace}/connections/{connection}/{rest:path}", self.connection),
             Route("/hightouch/{workspace}/syncs/{sync}", self.sync),
             Route("/hightouch/{workspace}/syncs/{sync}/runs/{run}", self.sync),
+            Route("/fivetran/dashboard/connectors/{connection}/status", self.fivetran),
             Route("/deploy/{account}/projects/{project}/runs/{run:int}/", self.dbt_run),
         ]
 
@@ -80,6 +81,20 @@ class Pages:
         ]
         table = _table(["run", "status", "created", "rows", "error"], rows, request.path_params.get("run"))
         return _page(f"Hightouch sync {sync.spec.slug}", f"<p>Model: {sync.spec.table}</p>{table}")
+
+    async def fivetran(self, request: Request) -> Response:
+        """A Fivetran connection and its syncs, newest first."""
+        try:
+            connection = self.sandbox.fivetran.connection(request.path_params["connection"])
+        except KeyError:
+            return _page("Not found", "<p>There is no such connection.</p>", 404)
+        rows: list[list[object]] = [
+            [sync.sync_id, sync.started_by, sync.word, iso(sync.timeline.started_wall)]
+            for sync in reversed(list(connection.syncs))
+        ]
+        status = "paused" if connection.paused else connection.setup_state
+        table = _table(["sync", "started by", "state", "started"], rows, None)
+        return _page(f"Fivetran connection {connection.schema}", f"<p>Status: {status}</p>{table}")
 
     async def dbt_run(self, request: Request) -> Response:
         """A dbt Cloud run: its steps with what they printed."""

@@ -17,10 +17,11 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from sandbox import airbyte_api, catalog, control, dbt_cloud_api, hightouch_api, pages
+from sandbox import airbyte_api, catalog, control, dbt_cloud_api, fivetran_api, hightouch_api, pages
 from sandbox.airbyte import Airbyte
 from sandbox.dbt_cloud import DbtCloud
 from sandbox.faults import FaultBook
+from sandbox.fivetran import Fivetran
 from sandbox.front import Front
 from sandbox.hightouch import Hightouch
 from sandbox.requestlog import RequestLog
@@ -75,6 +76,7 @@ class Sandbox:
         self.airbyte = Airbyte(self.warehouse, job_seconds)
         self.hightouch = Hightouch(self.warehouse, job_seconds)
         self.dbt_cloud = DbtCloud(self.warehouse, job_seconds)
+        self.fivetran = Fivetran(self.warehouse, job_seconds)
         self.slack = Slack()
         self.requests = RequestLog()
         self.faults = FaultBook()
@@ -101,6 +103,7 @@ class Sandbox:
                 *airbyte_api.AirbyteApi(self.airbyte).routes(),
                 *hightouch_api.HightouchApi(self.hightouch).routes(),
                 *dbt_cloud_api.DbtCloudApi(self.dbt_cloud).routes(),
+                *fivetran_api.FivetranApi(self.fivetran).routes(),
                 *self.slack.routes(),
                 *control.Control(self).routes(),
                 *pages.Pages(self).routes(),
@@ -128,6 +131,11 @@ class Sandbox:
     def dbt_cloud_url(self) -> str:
         """What a block for the sandbox's dbt Cloud takes as its domain; a real one has no scheme."""
         return self.url
+
+    @property
+    def fivetran_url(self) -> str:
+        """The base URL of Fivetran's API; the version is part of its paths."""
+        return f"{self.url}{fivetran_api.PREFIX.removesuffix('/v1')}"
 
     def slack_url(self, channel: str = catalog.DEFAULT_CHANNEL) -> str:
         """The incoming webhook of a channel.
@@ -164,6 +172,7 @@ class Sandbox:
         self.airbyte.stop()
         self.hightouch.stop()
         self.dbt_cloud.stop()
+        self.fivetran.stop()
 
     def __enter__(self) -> Self:
         return self.start()

@@ -211,7 +211,7 @@ class Stage:
         from prefect_dbt.cloud import DbtCloudCredentials
         from prefect_slack import SlackWebhook
 
-        from blocks import AirbyteServer, HightouchCredentials
+        from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials
 
         AirbyteServer(
             base_url=f"{self.sandbox_url}/api/public/v1",
@@ -223,6 +223,12 @@ class Stage:
             base_url=f"{self.sandbox_url}/hightouch/api/v1",
             app_url=f"{self.sandbox_url}/hightouch",
         ).save("hightouch", overwrite=True)
+        FivetranCredentials(
+            api_key=catalog.FIVETRAN_API_KEY,
+            api_secret=catalog.FIVETRAN_API_SECRET,
+            base_url=f"{self.sandbox_url}/fivetran",
+            app_url=f"{self.sandbox_url}/fivetran",
+        ).save("fivetran", overwrite=True)
         DbtCloudCredentials(
             api_key=catalog.DBT_CLOUD_TOKEN,
             account_id=catalog.DBT_CLOUD_ACCOUNT_ID,

@@ -29,6 +29,9 @@ HightouchOutcome = Literal[
 ]
 
 DbtCloudOutcome = Literal["succeed", "warn", "fail", "fail_setup", "cancel", "stuck", "unknown_word"]
+FivetranOutcome = Literal[
+    "succeed", "fail", "reschedule", "stuck", "pause", "break", "cancel", "unknown_word"
+]
 
 
 class Behaviour(BaseModel):
@@ -78,6 +81,15 @@ class DbtJobBehaviour(Behaviour):
     artifacts_delay: float = Field(0.0, ge=0, description="For so long after the end there are none.")
     logs_delay: float = Field(0.0, ge=0, description="For so long after the end steps' logs are empty.")
     cancel_seconds: float = Field(0.1, ge=0, description="How long a cancelled run goes on running.")
+
+
+class FivetranBehaviour(Behaviour):
+    """How a Fivetran connection's syncs behave."""
+
+    outcome: FivetranOutcome = "succeed"
+    rescheduled_seconds: float = Field(
+        1.0, ge=0, description="How far ahead a sync that the source's quota stopped is rescheduled."
+    )
 
 
 @dataclass(frozen=True, slots=True)

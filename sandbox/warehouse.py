@@ -1,4 +1,4 @@
-"""The warehouse: one DuckDB file that Airbyte's connections load and Hightouch's syncs read.
+"""The warehouse: one DuckDB file that connections load and Hightouch's syncs read.
 
 DuckDB allows one writing process per file, so every visit is short: open, work, close. Inside this process
 visits are serialised by a lock; a lock held by another process is waited for, up to a limit.
@@ -58,8 +58,13 @@ class Warehouse:
         self._sources = state_dir / "sources"
         self._lock = threading.Lock()
 
-    def stage(self, stream: Stream, job_id: int, cancelled: threading.Event) -> tuple[int, int]:
+    def stage(self, stream: Stream, added: str, cancelled: threading.Event) -> tuple[int, int]:
         """Load a stream beside its table and return rows and bytes; `publish` makes it visible.
+
+        Args:
+            stream: The table.
+            added: The columns that the vendor adds of its own, as SQL.
+            cancelled: Set when the job is over before its time.
 
         Raises:
             Interrupted: the job was cancelled meanwhile.
@@ -70,11 +75,7 @@ class Warehouse:
         columns = ", ".join(f"'{name}': '{kind}'" for name, kind in stream.columns.items())
         statement = f"""
             CREATE OR REPLACE TABLE {_staging(stream)} AS
-            SELECT *,
-                   uuid()::VARCHAR AS _airbyte_raw_id,
-                   now() AS _airbyte_extracted_at,
-                   '{{"sync_id":{job_id},"changes":[]}}'::JSON AS _airbyte_meta,
-                   {job_id}::BIGINT AS _airbyte_generation_id
+            SELECT *, {added}
             FROM read_csv('{source.as_posix()}', header = true, nullstr = ['NA', ''], columns = {{{columns}}})
         """  # noqa: S608 - names come from our own catalog
         with self._visit(cancelled) as db:
@@ -195,7 +196,7 @@ class Warehouse:
 
 
 def _staging(stream: Stream) -> str:
-    return f"{stream.schema}.{stream.name}_airbyte_tmp"
+    return f"{stream.schema}.{stream.name}_staged"
 
 
 def _interrupt_when(stop: threading.Event, done: threading.Event, db: duckdb.DuckDBPyConnection) -> None:

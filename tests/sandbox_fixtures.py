@@ -42,6 +42,15 @@ def hightouch(box: Sandbox) -> Iterator[httpx.Client]:
 
 
 @pytest.fixture
+def fivetran(box: Sandbox) -> Iterator[httpx.Client]:
+    """A client at `/v1`, with the key and what Fivetran asks to be sent."""
+    key = (catalog.FIVETRAN_API_KEY, catalog.FIVETRAN_API_SECRET)
+    headers = {"accept": "application/json;version=2"}
+    with httpx.Client(base_url=f"{box.fivetran_url}/v1", auth=key, headers=headers) as client:
+        yield client
+
+
+@pytest.fixture
 def control(box: Sandbox) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"{box.url}/_sandbox") as client:
         yield client

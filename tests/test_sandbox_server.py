@@ -369,7 +369,7 @@ def test_outage_is_announced_before_it_begins(control: httpx.Client) -> None:
         ("PATCH", "/syncs/999", {"outcome": "fail"}, 404, "path"),
         ("PATCH", "/syncs/101", {"rejected": 2}, 422, "rejected"),
         ("PATCH", "/settings", {"airbyte": {"token_seconds": 0}}, 422, "token_seconds"),
-        ("PATCH", "/settings", {"fivetran": {}}, 422, "fivetran"),
+        ("PATCH", "/settings", {"stitch": {}}, 422, "stitch"),
         ("PATCH", "/slack/channels/nowhere", {"error": None}, 404, "path"),
         ("PATCH", "/jobs/1", {"status": "failed"}, 404, "path"),
         ("POST", "/faults", {"kind": "explode"}, 422, "kind"),
