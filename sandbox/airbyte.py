@@ -1,6 +1,6 @@
 """Airbyte's side of the stage: connections, jobs and tokens, and the controls over how they behave.
 
-The HTTP face of this state is in `airbyte_api.py`.
+The HTTP faces of this state are in `airbyte_api.py` (public API) and `airbyte_config_api.py` (Config API).
 """
 
 from __future__ import annotations
@@ -11,155 +11,25 @@ import math
 import secrets
 import threading
 import time
-from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import NAMESPACE_URL, uuid5
 
 import duckdb
-from pydantic import BaseModel, ConfigDict, Field
 
 from sandbox import catalog
-from sandbox.timeline import (
-    FOREVER,
-    LONG,
-    STOP_WITHIN,
-    AirbyteOutcome,
-    ConnectionBehaviour,
-    Phase,
-    Timeline,
-    Work,
-    Workers,
-    iso,
+from sandbox.airbyte_jobs import (
+    AirbyteSettings,
+    Connection,
+    ConnectionChange,
+    Job,
+    JobType,
+    StartRefused,
+    course,
 )
+from sandbox.timeline import LONG, STOP_WITHIN, AirbyteOutcome, ConnectionBehaviour, Timeline, Work, Workers
 from sandbox.warehouse import Interrupted, Warehouse, WarehouseLocked
 
-JobType = Literal["sync", "reset", "clear"]
-ConnectionStatus = Literal["active", "inactive", "deprecated", "locked"]
-_BYTES_PER_ROW = 120  # of a synthetic connection
-
-
-class AirbyteSettings(BaseModel):
-    """What can be set about the Airbyte server as a whole."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-    auth: Literal["token", "basic", "none"] = "token"
-    token_seconds: float = Field(900.0, gt=0, description="Lifetime of tokens issued from now on.")
-    announce_expiry: bool = Field(True, description="Off: only the JWT says when it expires.")
-    cancel_seconds: float = Field(0.05, ge=0, description="How long a cancel request blocks.")
-    requests_per_minute: int | None = Field(None, ge=1, description="Beyond it: 429 without Retry-After.")
-
-
-class ConnectionChange(ConnectionBehaviour):
-    """A change to one connection: any field of its behaviour, its status, or the rows of a synthetic one."""
-
-    status: ConnectionStatus = "active"
-    rows: int = Field(1000, ge=0)
-
-
-class StartRefused(Exception):
-    """A job cannot be started: `reason` is the name of the case."""
-
-    def __init__(self, reason: Literal["unknown", "inactive", "running"]) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-@dataclass(slots=True)
-class Connection:
-    """One Airbyte connection and how its next job will behave."""
-
-    connection_id: str
-    name: str
-    tags: list[dict[str, str]]
-    behaviour: ConnectionBehaviour
-    stream: catalog.Stream | None = None  # None: synthetic, no data is loaded
-    rows: int = 1000  # of a synthetic connection
-    status: ConnectionStatus = "active"
-    schedule: dict[str, str] = field(default_factory=lambda: {"scheduleType": "manual"})
-    status_reason: str | None = None
-    prefix: str = ""
-    namespace_definition: str = "custom_format"
-    namespace_format: str = ""
-    streams: list[dict[str, Any]] = field(default_factory=list)
-    latest: Job | None = None
-
-    @property
-    def active_job(self) -> Job | None:
-        """The job that runs now, if one does."""
-        return self.latest if self.latest is not None and not self.latest.timeline.at()[2] else None
-
-    def reply(self) -> dict[str, Any]:
-        """The connection as ConnectionResponse."""
-        reply = {
-            "connectionId": self.connection_id,
-            "name": self.name,
-            "sourceId": catalog.SOURCE_ID,
-            "destinationId": catalog.DESTINATION_ID,
-            "workspaceId": catalog.WORKSPACE_ID,
-            "status": self.status,
-            "schedule": self.schedule,
-            "nonBreakingSchemaUpdatesBehavior": "ignore",
-            "namespaceDefinition": self.namespace_definition,
-            "namespaceFormat": self.namespace_format,
-            "prefix": self.prefix,
-            "configurations": {"streams": self.streams},
-            "createdAt": catalog.CREATED_AT,
-            "tags": self.tags,
-        }
-        return reply | ({"statusReason": self.status_reason} if self.status_reason else {})
-
-
-@dataclass(slots=True)
-class Job:
-    """One job; everything that changes about it is read from its timeline."""
-
-    job_id: int
-    job_type: JobType
-    connection_id: str
-    connection_name: str
-    timeline: Timeline
-    fixed_rows: int | None  # of a job that loads nothing; None: what the work loaded
-    hidden_until: float  # monotonic; before it, lists do not show the job
-
-    @property
-    def status(self) -> str:
-        """The status word of this moment."""
-        return self.timeline.at()[0]
-
-    @property
-    def created_wall(self) -> float:
-        """When the job was created, epoch seconds."""
-        return self.timeline.started_wall
-
-    def reply(self) -> dict[str, Any]:
-        """The job as JobResponse."""
-        word, since, final = self.timeline.at()
-        reply: dict[str, Any] = {
-            "jobId": self.job_id,
-            "status": word,
-            "jobType": self.job_type,
-            "startTime": iso(self.created_wall),
-            "connectionId": self.connection_id,
-        }
-        if word != "pending":
-            reply["duration"] = duration_text(since - self.timeline.started)
-        if final:
-            rows, size = self._counts(word)
-            reply |= {
-                "lastUpdatedAt": iso(self.timeline.wall(since)),
-                "bytesSynced": size,
-                "rowsSynced": rows,
-            }
-        return reply
-
-    def _counts(self, word: str) -> tuple[int, int]:
-        if word != "succeeded":
-            return 0, 0
-        if self.fixed_rows is not None:
-            return self.fixed_rows, self.fixed_rows * _BYTES_PER_ROW
-        work = self.timeline.work
-        return (work.rows, work.size) if work is not None else (0, 0)
+_LOADS = ("sync", "refresh")
 
 
 class Airbyte:
@@ -204,7 +74,7 @@ class Airbyte:
         return found
 
     def set(self, name_or_id: str, **changes: Any) -> Connection:
-        """Change how a connection's next jobs behave (`ConnectionBehaviour`), or its `status` or `rows`.
+        """Change how a connection's next jobs behave (`ConnectionBehaviour`), its `status`, `tags` or `rows`.
 
         Raises:
             KeyError: no such connection.
@@ -215,7 +85,10 @@ class Airbyte:
         sent = change.model_dump(exclude_unset=True)
         with self.lock:
             connection.status = sent.pop("status", connection.status)
+            connection.status_reason = sent.pop("status_reason", connection.status_reason)
             connection.rows = sent.pop("rows", connection.rows)
+            if "tags" in sent:
+                connection.tags = [catalog.tag(name) for name in sent.pop("tags")]
             connection.behaviour = ConnectionBehaviour.model_validate(
                 connection.behaviour.model_dump() | sent
             )
@@ -307,7 +180,7 @@ class Airbyte:
                 raise StartRefused("inactive")
             active = connection.active_job
             if active is not None:
-                if job_type == "sync":
+                if job_type in _LOADS:
                     raise StartRefused("running")
                 # A clear or reset takes the place of a running sync.
                 active.timeline.finish("cancelled")
@@ -321,13 +194,13 @@ class Airbyte:
 
     def _new_job(self, connection: Connection, job_type: JobType) -> Job:
         behaviour = connection.behaviour
-        outcome: AirbyteOutcome = behaviour.outcome if job_type == "sync" else "succeed"
-        if job_type == "sync" and outcome != "succeed" and behaviour.times is not None:
+        outcome: AirbyteOutcome = behaviour.outcome if job_type in _LOADS else "succeed"
+        if job_type in _LOADS and outcome != "succeed" and behaviour.times is not None:
             connection.behaviour = behaviour.used_once()
-        phases, end_word = _course(behaviour, outcome)
+        phases, end_word = course(behaviour, outcome)
         loads = connection.stream is not None and end_word == "succeeded" and outcome != "zero_rows"
         fixed = None if loads else connection.rows
-        if outcome == "zero_rows" or job_type != "sync":
+        if outcome == "zero_rows" or job_type not in _LOADS:
             fixed = 0
         timeline = Timeline(phases, end_word, work=Work() if loads else None)
         job_id, self._next_job = self._next_job, self._next_job + 1
@@ -336,6 +209,9 @@ class Airbyte:
             job_type=job_type,
             connection_id=connection.connection_id,
             connection_name=connection.name,
+            streams=[(stream["name"], stream.get("namespace")) for stream in connection.streams],
+            behaviour=behaviour,
+            outcome=outcome,
             timeline=timeline,
             fixed_rows=fixed,
             hidden_until=timeline.started + behaviour.visibility_delay,
@@ -348,7 +224,7 @@ class Airbyte:
         try:
             if work.cancelled.wait(min(LONG, waiting)):
                 return
-            if job.job_type != "sync":
+            if job.job_type not in _LOADS:
                 self.warehouse.clear(stream, work.cancelled)
             else:
                 work.rows, work.size = self.warehouse.stage(stream, _added(job.job_id), work.cancelled)
@@ -384,39 +260,3 @@ def _stream_reply(stream: catalog.Stream) -> dict[str, Any]:
         "primaryKey": [[column] for column in stream.primary_key],
         "cursorField": [],
     }
-
-
-def _course(behaviour: ConnectionBehaviour, outcome: AirbyteOutcome) -> tuple[tuple[Phase, ...], str]:
-    """The phases of a job with this outcome, and the word that it ends with."""
-    duration = behaviour.duration
-    pending = Phase("pending", min(0.2, duration / 10))
-    before = [pending] + ([Phase("queued", behaviour.queued_seconds)] if behaviour.queued_seconds else [])
-    running = duration - pending.seconds
-    end_word = {"fail": "failed", "cancel": "cancelled"}.get(outcome, "succeeded")
-    match outcome:
-        case "stuck":
-            course = [Phase("running", FOREVER)]
-        case "incomplete_then_succeed":
-            course = [
-                Phase("running", running * 0.4),
-                Phase("incomplete", running * 0.2),
-                Phase("running", running * 0.4),
-            ]
-        case "unknown_word":
-            shown = FOREVER if behaviour.word_seconds is None else behaviour.word_seconds
-            course = [
-                Phase("running", running / 2),
-                Phase(behaviour.word, shown),
-                Phase("running", running / 2),
-            ]
-        case _:
-            course = [Phase("running", running)]
-    return (*before, *course), end_word
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds as an ISO 8601 duration, whole seconds, the way Java writes it."""
-    whole = int(seconds)
-    hours, minutes, rest = whole // 3600, whole % 3600 // 60, whole % 60
-    text = (f"{hours}H" if hours else "") + (f"{minutes}M" if minutes else "") + (f"{rest}S" if rest else "")
-    return f"PT{text or '0S'}"

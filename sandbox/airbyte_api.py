@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import time
-from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
-from urllib.parse import parse_qsl, urlencode
-from uuid import UUID, uuid4
+from urllib.parse import urlencode
+from uuid import UUID
 
-import orjson
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from sandbox import catalog
-from sandbox.airbyte import Airbyte, Connection, ConnectionStatus, Job, JobType, StartRefused
+from sandbox.airbyte_door import Door, parsed, reply, web_app
+from sandbox.airbyte_jobs import Connection, ConnectionStatus, Job, JobType, StartRefused
 from sandbox.airbyte_problems import Problem, not_found, state_conflict, try_again_later
 
 PREFIX = "/api/public/v1"
@@ -48,9 +45,9 @@ class _ConnectionPatch(BaseModel):
 class AirbyteApi:
     """The routes of the Public API."""
 
-    def __init__(self, airbyte: Airbyte) -> None:
-        self.airbyte = airbyte
-        self._recent: deque[float] = deque()
+    def __init__(self, door: Door) -> None:
+        self.door = door
+        self.airbyte = door.airbyte
 
     def routes(self) -> list[Route]:
         """All routes, most used first: Starlette tries them in order."""
@@ -71,42 +68,16 @@ class AirbyteApi:
 
     def _route(self, path: str, handler: Callable[..., Any], method: str, *, guarded: bool = True) -> Route:
         async def endpoint(request: Request) -> Response:
+            if self.airbyte.settings.apis == "config":
+                return web_app()
             try:
                 if guarded:
-                    self._authorize(request)
-                    self._shed_load()
+                    self.door.check(request)
                 return reply(await handler(request))
             except Problem as problem:
                 return reply(problem.body, problem.status, media="application/problem+json")
 
         return Route(PREFIX + path, endpoint, methods=[method])
-
-    def _authorize(self, request: Request) -> None:
-        settings = self.airbyte.settings
-        scheme, _, credentials = request.headers.get("authorization", "").partition(" ")
-        if settings.auth == "none":
-            return
-        if settings.auth == "basic":
-            try:
-                sent = base64.b64decode(credentials, validate=True).decode()
-            except (binascii.Error, UnicodeDecodeError):
-                sent = ""
-            if scheme.lower() == "basic" and sent == f"{catalog.BASIC_USER}:{catalog.BASIC_PASSWORD}":
-                return
-        elif scheme.lower() == "bearer" and self.airbyte.token_is_valid(credentials.strip()):
-            return
-        raise Problem(401)
-
-    def _shed_load(self) -> None:
-        limit = self.airbyte.settings.requests_per_minute
-        if limit is None:
-            return
-        now = time.monotonic()
-        while self._recent and self._recent[0] < now - 60:
-            self._recent.popleft()
-        if len(self._recent) >= limit:
-            raise Problem(429, body={"message": "You are being rate limited."})
-        self._recent.append(now)
 
     # -- token, health --
 
@@ -116,20 +87,7 @@ class AirbyteApi:
 
     async def token(self, request: Request) -> dict[str, Any]:
         """POST /applications/token: a bearer token for client credentials."""
-        body = await request.body()
-        if "x-www-form-urlencoded" in request.headers.get("content-type", ""):
-            sent: Any = dict(parse_qsl(body.decode("utf-8", "replace")))
-        else:
-            sent = _json(body)
-        if not isinstance(sent, dict):
-            raise Problem(422, "The body is not an object")
-        self.airbyte.token_requests += 1
-        grant = sent.get("grant_type", sent.get("grant-type", "client_credentials"))
-        if grant != "client_credentials":
-            raise Problem(400, f"Unsupported grant type: {grant}")
-        if (sent.get("client_id"), sent.get("client_secret")) != (catalog.CLIENT_ID, catalog.CLIENT_SECRET):
-            raise Problem(401, body={"errorId": str(uuid4())})
-        token, lifetime = self.airbyte.issue_token()
+        token, lifetime = await self.door.token(request)
         answer: dict[str, Any] = {"access_token": token, "token_type": "Bearer"}
         return answer | ({"expires_in": int(lifetime)} if self.airbyte.settings.announce_expiry else {})
 
@@ -137,7 +95,7 @@ class AirbyteApi:
 
     async def create_job(self, request: Request) -> dict[str, Any]:
         """POST /jobs: start a sync, a reset or a clear."""
-        sent = _json(await request.body())
+        sent = parsed(await request.body())
         if not isinstance(sent, dict):
             raise Problem(422, "The body is not an object")
         connection_id, job_type = sent.get("connectionId"), sent.get("jobType")
@@ -250,7 +208,7 @@ class AirbyteApi:
         """PATCH /connections/{id}."""
         connection = self._connection(request)
         try:
-            change = _ConnectionPatch.model_validate(_json(await request.body()))
+            change = _ConnectionPatch.model_validate(parsed(await request.body()))
         except ValidationError as exc:
             raise Problem(422, str(exc.errors(include_url=False, include_context=False)[0]["msg"])) from exc
         with self.airbyte.lock:
@@ -294,20 +252,6 @@ class AirbyteApi:
             return {"data": []}
         names = [f"owner:{owner}" for owner in catalog.OWNERS] + [catalog.NIGHTLY_TAG]
         return {"data": [catalog.tag(name) for name in names]}
-
-
-def reply(body: Any, status: int = 200, media: str = "application/json") -> Response:
-    """A JSON reply, or plain text for a string."""
-    if isinstance(body, str):
-        return Response(body, status, media_type="text/plain")
-    return Response(orjson.dumps(body), status, media_type=media)
-
-
-def _json(body: bytes) -> Any:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError as exc:
-        raise Problem(422, "The body is not valid JSON") from exc
 
 
 def _workspace() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from sandbox.airbyte import Connection, ConnectionChange
+from sandbox.airbyte_jobs import Connection, ConnectionChange
 from sandbox.dbt_cloud import Job, JobChange, Run
 from sandbox.faults import Fault
 from sandbox.fivetran import Connection as FivetranConnection

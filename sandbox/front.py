@@ -18,6 +18,7 @@ from sandbox.requestlog import LoggedRequest, RequestLog
 _log = logging.getLogger("sandbox")
 _VENDORS = (
     ("/api/public/", "airbyte"),
+    ("/api/v1/", "airbyte"),
     ("/hightouch/api/", "hightouch"),
     ("/services/", "slack"),
     ("/api/v2/", "dbt_cloud"),

@@ -17,8 +17,18 @@ from starlette.applications import Starlette
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
-from sandbox import airbyte_api, catalog, control, dbt_cloud_api, fivetran_api, hightouch_api, pages
+from sandbox import (
+    airbyte_api,
+    airbyte_config_api,
+    catalog,
+    control,
+    dbt_cloud_api,
+    fivetran_api,
+    hightouch_api,
+    pages,
+)
 from sandbox.airbyte import Airbyte
+from sandbox.airbyte_door import Door
 from sandbox.dbt_cloud import DbtCloud
 from sandbox.faults import FaultBook
 from sandbox.fivetran import Fivetran
@@ -98,9 +108,11 @@ class Sandbox:
         self._started = threading.Event()
 
     def _app(self) -> Starlette:
+        door = Door(self.airbyte)
         return Starlette(
             routes=[
-                *airbyte_api.AirbyteApi(self.airbyte).routes(),
+                *airbyte_api.AirbyteApi(door).routes(),
+                *airbyte_config_api.AirbyteConfigApi(door).routes(),
                 *hightouch_api.HightouchApi(self.hightouch).routes(),
                 *dbt_cloud_api.DbtCloudApi(self.dbt_cloud).routes(),
                 *fivetran_api.FivetranApi(self.fivetran).routes(),
@@ -121,6 +133,11 @@ class Sandbox:
     def airbyte_url(self) -> str:
         """The base URL of Airbyte's Public API."""
         return f"{self.url}{airbyte_api.PREFIX}"
+
+    @property
+    def airbyte_config_url(self) -> str:
+        """The base URL of Airbyte's Config API."""
+        return f"{self.url}{airbyte_config_api.PREFIX}"
 
     @property
     def hightouch_url(self) -> str:

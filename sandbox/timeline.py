@@ -22,8 +22,9 @@ LONG = 1e6  # seconds; to wait for ever in a thread takes a finite number
 STOP_WITHIN = 0.1  # seconds that threads get to give up when the sandbox stops
 EXIT_WITHIN = 10.0  # the same when the interpreter exits
 AirbyteOutcome = Literal[
-    "succeed", "fail", "cancel", "incomplete_then_succeed", "stuck", "zero_rows", "unknown_word"
+    "succeed", "fail", "cancel", "incomplete_then_succeed", "partial", "stuck", "zero_rows", "unknown_word"
 ]
+AirbyteFailure = Literal["config_error", "system_error", "transient_error", "heartbeat_timeout"]
 HightouchOutcome = Literal[
     "succeed", "warn", "fail", "cancel", "interrupt", "stuck", "zero_rows", "unknown_word"
 ]
@@ -59,6 +60,11 @@ class ConnectionBehaviour(Behaviour):
     """How an Airbyte connection's jobs behave."""
 
     outcome: AirbyteOutcome = "succeed"
+    attempts: int = Field(1, ge=1, description="Of outcomes fail and incomplete_then_succeed (two at least).")
+    reason: str = Field("The source refused the connection.", description="Why an attempt fails.")
+    origin: Literal["source", "destination", "replication"] = "source"
+    failure: AirbyteFailure = "transient_error"
+    rejected: int = Field(0, ge=0, description="Rows that the destination rejects.")
 
 
 class SyncBehaviour(Behaviour):
