@@ -15,7 +15,7 @@ from copy import copy
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import httpx
@@ -293,13 +293,37 @@ class ApiClient:
         Raises:
             VendorError: One of the tree in the module docstring.
         """
+        return await self._read("GET", path, reply, params, None, retry=retry)
+
+    async def ask(self, path: str, reply: TypeAdapter[T], body: Any = None, *, retry: bool = True) -> T:
+        """POST for a document, where that is how an API is read: as safe to repeat as `get`.
+
+        Raises:
+            VendorError: As `get`; its `sent` is False, for a question has no effect.
+        """
+        try:
+            return await self._read("POST", path, reply, None, body, retry=retry)
+        except VendorError as error:
+            error.sent = False
+            raise
+
+    async def _read(
+        self,
+        method: str,
+        path: str,
+        reply: TypeAdapter[T],
+        params: Mapping[str, Any] | None,
+        body: Any,
+        *,
+        retry: bool,
+    ) -> T:
         if not retry:
-            return await self.send("GET", path, reply, params=params)
+            return await self.send(method, path, reply, params=params, body=body)
         async for attempt in stamina.retry_context(
             on=_worth_repeating, attempts=6, timeout=self._retry_budget, wait_initial=0.2, wait_max=10.0
         ):
             with attempt:
-                return await self.send("GET", path, reply, params=params)
+                return await self.send(method, path, reply, params=params, body=body)
         raise AssertionError  # stamina re-raises the last error; this is for the type checker
 
     async def send(
@@ -408,8 +432,15 @@ def _worth_repeating(error: Exception) -> bool | float:
     return isinstance(error, VendorUnavailable) or (isinstance(error, BadReply) and not error.wrong_address)
 
 
-ClientT = TypeVar("ClientT", bound=ApiClient)
-_Clients = dict[Hashable, tuple[ApiClient, int]]
+class Closable(Protocol):
+    """What can be shared: a client, or several of one account that are closed together."""
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+
+
+ClientT = TypeVar("ClientT", bound=Closable)
+_Clients = dict[Hashable, tuple[Closable, int]]
 _open_clients: WeakKeyDictionary[asyncio.AbstractEventLoop, _Clients] = WeakKeyDictionary()
 
 

@@ -23,10 +23,11 @@ from pydantic import (
     field_validator,
 )
 
-from blocks.airbyte import AirbyteServer, Connection
+from blocks.airbyte import AirbyteServer
+from blocks.airbyte_model import Connection, Operation
 from blocks.http import NotFoundError
 from blocks.reference import load_block, stored_block
-from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor, Operation, refuse_unless_active
+from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor, refuse_unless_active
 from tasks.jobs import (
     Checked,
     InputError,
@@ -140,7 +141,7 @@ async def airbyte_check(syncs: list[AirbyteSync]) -> list[Checked[AirbyteSync]]:
         wanted = [connection for of, connection in pairs if of == account]
         # What is read here, and the token, serve the syncs that follow on this loop.
         await watcher_for(AirbyteVendor(server))
-        async with server.api() as api:
+        async with server.connect() as api:
             if len(wanted) > _FEW:
                 known.update(((account, c.id), c) for c in await api.connections())
             for connection_id in wanted:

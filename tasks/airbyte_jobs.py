@@ -7,14 +7,23 @@ from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Literal
+from typing import Literal, cast
 
-from blocks.airbyte import AirbyteApi, AirbyteServer, Connection, Job
+from blocks.airbyte import AirbyteServer
+from blocks.airbyte_client import AirbyteClient
+from blocks.airbyte_model import AirbyteApi, Connection, Job, Operation, RefreshMode, Stream
 from blocks.http import ConflictError, VendorError
 from blocks.reference import block_name
-from tasks.jobs import AlreadyRunning, InputError, Intent, JobHandle, JobRequest, JobState, JobStatus
-
-Operation = Literal["sync", "clear", "reset"]
+from tasks.jobs import (
+    AlreadyRunning,
+    InputError,
+    Intent,
+    JobHandle,
+    JobRequest,
+    JobState,
+    JobStatus,
+    StreamResult,
+)
 
 _STATES = {
     "pending": JobState.QUEUED,
@@ -27,6 +36,7 @@ _STATES = {
 }
 _FEW = 3  # up to so many jobs are read one by one: a list would cost as much
 _WINDOW = timedelta(seconds=5)
+_AT_ONCE = 10
 
 
 @dataclass(frozen=True)
@@ -37,6 +47,8 @@ class AirbyteRequest:
     operation: str
     name: str
     owner: str | None = None
+    mode: RefreshMode = "Merge"  # of a refresh, as the streams
+    streams: tuple[Stream, ...] = ()
 
 
 class AirbyteVendor:
@@ -48,33 +60,35 @@ class AirbyteVendor:
 
     def __init__(self, server: AirbyteServer) -> None:
         self._server = server
-        self._api: AirbyteApi | None = None
+        self._client: AirbyteClient | None = None
+        self._explained: dict[str, Job] = {}  # by job id, as it was when its attempts were last asked for
         self.account: Hashable = server.account
         self.block = block_name(server, AirbyteServer)
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
         """Keep the account's client open."""
-        async with self._server.api() as self._api:
+        async with self._server.client() as self._client:
             yield
 
     def theirs(self, moment: datetime) -> datetime:
         """A moment of our clock on Airbyte's."""
-        return self._api.theirs(moment) if self._api else moment
+        return self._client.theirs(moment) if self._client else moment
 
     async def baseline(self, request: AirbyteRequest) -> None:
         """Nothing: a job has an id."""
 
     async def start(self, request: AirbyteRequest, intent: Intent) -> JobHandle:
-        """`POST /jobs`. Airbyte has no place for a marker."""
-        async with self._server.api() as api:
+        """Start a sync, clear, reset or refresh. Airbyte has no place for a marker."""
+        async with self._server.client() as client:
+            api = await client.api()
             connection = await api.connection(request.resource_id)
             if connection.status != "active":  # as far as we remember
                 api.forget(connection.id)
                 connection = await api.connection(connection.id)
             refuse_unless_active(connection)
             try:
-                job = await api.create_job(request.resource_id, request.operation)
+                job = await _create(client, api, request)
             except ConflictError as error:
                 raise await self._conflict(api, connection, request, error) from error
             return self._handle(job, connection, intent.marker)
@@ -87,7 +101,7 @@ class AirbyteVendor:
             active = next((job for job in await api.newest_jobs(connection.id) if not job.ended), None)
             if active is None:
                 return AlreadyRunning(None)
-            return AlreadyRunning(self._handle(active, connection, ""), same=active.type == request.operation)
+            return AlreadyRunning(self._handle(active, connection, ""), same=active.does(request.operation))
         # Airbyte hides the reason of any other refusal; the connection tells it, if it has changed under us.
         api.forget(connection.id)
         refuse_unless_active(await api.connection(connection.id))
@@ -95,13 +109,13 @@ class AirbyteVendor:
 
     async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The connection's first job of this kind that was created since then."""
-        async with self._server.api() as api:
+        async with self._server.connect() as api:
             jobs = await api.newest_jobs(request.resource_id, retry=False)
             since = api.theirs(intent.since)
             ours = [
                 job
                 for job in jobs
-                if job.created_at >= since and job.type == request.operation and job.id not in intent.known
+                if job.created_at >= since and job.does(request.operation) and job.id not in intent.known
             ]
             if not ours:
                 return None
@@ -111,23 +125,47 @@ class AirbyteVendor:
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """Lists of the newest jobs, a hundred a request; one by one only what they do not show."""
         wanted = {handle.job_id for handle in handles}
-        seen: dict[str, JobStatus | Exception] = {}
-        async with self._server.api() as api:
+        seen: dict[str, Job] = {}
+        async with self._server.client() as client:
+            api = await client.api()
             if len(wanted) > _FEW:
                 since = min(handle.started_at for handle in handles) - _WINDOW
+                connections = {handle.resource_id for handle in handles}
                 # Newer jobs may fill the first pages; some more cost a tenth of asking one by one.
-                async for jobs in api.jobs_since(since, pages=len(wanted) // 10 + 2):
-                    seen.update((job.id, _status(job)) for job in jobs if job.id in wanted)
+                async for jobs in api.jobs_since(since, connections, pages=len(wanted) // 10 + 2):
+                    seen.update((job.id, job) for job in jobs if job.id in wanted)
                     if len(seen) == len(wanted):
                         break
-            slots = asyncio.Semaphore(10)
-            missing = sorted(wanted - seen.keys())
-            seen.update(await asyncio.gather(*(_observe_one(api, job_id, slots) for job_id in missing)))
-        return seen
+            slots = asyncio.Semaphore(_AT_ONCE)
+
+            async def look(job_id: str) -> tuple[str, JobStatus | Exception]:
+                async with slots:
+                    try:
+                        job = seen.get(job_id) or await api.job(job_id, retry=False)
+                    except VendorError as error:
+                        return job_id, error
+                    return job_id, _status(await self._explain(client, api, job))
+
+            return dict(await asyncio.gather(*map(look, sorted(wanted))))
+
+    async def _explain(self, client: AirbyteClient, api: AirbyteApi, job: Job) -> Job:
+        """The job with what is worth a request of its own: why it failed, and what became of its streams."""
+        if api.kind == "config":
+            unsaid = not job.streams or (job.status == "failed" and not job.failures)
+            return await client.explain(job) if job.ended and unsaid else job
+        if job.status not in ("failed", "incomplete"):
+            self._explained.pop(job.id, None)
+            return job
+        told = self._explained.pop(job.id, None)
+        if told is None or told.status != job.status:
+            told = await client.explain(job)
+        if not job.ended:
+            self._explained[job.id] = told
+        return job.with_details(told)
 
     async def cancel(self, handle: JobHandle) -> JobState | None:
         """`DELETE /jobs/{id}`, after a look: it stops whatever the connection is running by then."""
-        async with self._server.api() as api:
+        async with self._server.connect() as api:
             job = await api.job(handle.job_id)
             if not job.ended:
                 try:
@@ -146,7 +184,7 @@ class AirbyteVendor:
         Raises:
             NotFoundError: There is none with this id.
         """
-        async with self._server.api() as api:
+        async with self._server.connect() as api:
             return await api.connection(connection_id)
 
     async def look_up(self, job_id: str) -> tuple[JobHandle, AirbyteRequest, JobStatus]:
@@ -155,9 +193,11 @@ class AirbyteVendor:
         Raises:
             NotFoundError: There is none with this id.
         """
-        async with self._server.api() as api:
+        async with self._server.client() as client:
+            api = await client.api()
             job = await api.job(job_id)
             connection = await api.connection(job.connection_id)
+            job = await self._explain(client, api, job)
         request = AirbyteRequest(connection.id, job.type, connection.name, connection.owner)
         return self._handle(job, connection, ""), request, _status(job)
 
@@ -173,32 +213,71 @@ class AirbyteVendor:
         )
 
 
-async def _observe_one(
-    api: AirbyteApi, job_id: str, slots: asyncio.Semaphore
-) -> tuple[str, JobStatus | Exception]:
-    async with slots:
-        try:
-            return job_id, _status(await api.job(job_id, retry=False))
-        except VendorError as error:
-            return job_id, error
+async def _create(client: AirbyteClient, api: AirbyteApi, request: AirbyteRequest) -> Job:
+    if request.operation != "refresh":
+        return await api.create_job(request.resource_id, cast("Operation", request.operation))
+    if client.config is None:
+        raise InputError(
+            "Airbyte Cloud has no API for a refresh; nothing was started. Clear the connection and sync it "
+            "instead (`before: clear`), or refresh it in Airbyte's own interface."
+        )
+    # Also where the public API is used otherwise: it has none.
+    return await client.config.refresh(request.resource_id, request.mode, request.streams)
 
 
 def _status(job: Job) -> JobStatus:
     state = _STATES.get(job.status)
-    message = None
-    if state is JobState.FAILED:
-        message = "Airbyte says failed; its public API gives no reason, the job's page does"
-    elif state is JobState.CANCELLED:
-        message = "it was cancelled in Airbyte"
+    if state is JobState.SUCCEEDED and job.failures and job.attempts and job.attempts[-1].failures:
+        state = JobState.PARTIAL  # it is called succeeded, and some of its streams did not land
     return JobStatus(
         state=state or JobState.RUNNING,
         known=state is not None,
         word=job.status,
         rows=job.rows_synced,
         bytes=job.bytes_synced,
+        rows_rejected=job.rows_rejected,
+        attempts=len(job.attempts) if job.attempts else None,
         duration=None if job.duration is None else job.duration.total_seconds(),
-        message=message,
+        message=_message(job, state),
+        streams=_streams(job) if job.ended else [],
     )
+
+
+def _message(job: Job, state: JobState | None) -> str | None:
+    why = str(job.failures[0]) if job.failures else None
+    more = f", and {len(job.failures) - 1} more" if len(job.failures) > 1 else ""
+    match state:
+        case JobState.CANCELLED:
+            return "it was cancelled in Airbyte"
+        case JobState.FAILED if why:
+            return f"{why}{more}"
+        case JobState.FAILED if job.attempts is None:
+            return "Airbyte says failed; its public API gives no reason, the job's page does"
+        case JobState.FAILED:
+            return "Airbyte says failed and gives no reason; the job's log is on its page"
+        case JobState.PARTIAL:
+            return f"only a part landed: {why}{more}"
+        case JobState.RUNNING | JobState.RETRYING | JobState.QUEUED if why:
+            failed = sum(1 for attempt in job.attempts or [] if attempt.status == "failed")
+            return f"attempt {failed} failed: {why}{more}"
+    return None
+
+
+def _streams(job: Job) -> list[StreamResult]:
+    last = job.attempts[-1].failures if job.attempts else []
+    failed = {failure.stream: str(failure) for failure in last if failure.stream}
+    found: list[StreamResult] = []
+    for stats in job.streams:
+        why = failed.get(Stream(name=stats.name, namespace=stats.namespace))
+        landed = JobState.SUCCEEDED if job.status == "succeeded" else None
+        found.append(
+            StreamResult(
+                **stats.model_dump(),
+                state=JobState.FAILED if why else landed,
+                message=why,
+            )
+        )
+    return found
 
 
 def refuse_unless_active(connection: Connection) -> None:

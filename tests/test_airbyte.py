@@ -17,7 +17,7 @@ from prefect.context import FlowRunContext
 from pydantic import BaseModel, SecretStr, TypeAdapter, ValidationError
 
 from blocks import AirbyteServer
-from blocks.airbyte import Connection
+from blocks.airbyte_model import Connection
 from blocks.http import AuthError, BadReply, NotFoundError
 from blocks.reference import BlockNotFound
 from sandbox import Sandbox, catalog

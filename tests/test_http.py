@@ -18,7 +18,8 @@ import stamina
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from blocks import AirbyteServer, HightouchCredentials
-from blocks.airbyte import _read_token, public_api_url
+from blocks.airbyte import address_of, split_address
+from blocks.airbyte_client import _read_token
 from blocks.errors import RETRY_AFTER_CAP, parse_retry_after
 from blocks.http import (
     ApiClient,
@@ -102,7 +103,7 @@ def test_retry_after_spellings(header: str | None, seconds: float | None) -> Non
 async def test_hours_are_capped_and_said(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """A Retry-After of hours is cut to the cap, and the error says so."""
     sandbox.faults.add(kind="status", status=429, path="/jobs", headers={"Retry-After": "7200"})
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         with pytest.raises(RateLimited, match="asks to wait 7200 s; we wait 120 s") as caught:
             await api.job("1", retry=False)
     assert caught.value.pause == RETRY_AFTER_CAP
@@ -125,7 +126,7 @@ async def test_a_get_waits_as_long_as_it_was_told(sandbox: Sandbox, airbyte: Air
     """A GET that was answered with 429 and Retry-After: 1 is sent again after a second."""
     sandbox.faults.add(kind="status", status=429, path="/jobs", headers={"Retry-After": "1"}, times=1)
     began = time.monotonic()
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         assert await api.newest_jobs(FLIGHTS) == []
     assert 1.0 <= time.monotonic() - began < 4.0
     assert sandbox.requests.count(path="/jobs") == 2
@@ -136,14 +137,14 @@ async def test_a_get_waits_as_long_as_it_was_told(sandbox: Sandbox, airbyte: Air
 
 async def test_one_token_for_fifty_requests(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """Fifty requests at once share one token request."""
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         await asyncio.gather(*(api.newest_jobs(FLIGHTS) for _ in range(50)))
     assert sandbox.airbyte.token_requests == 1
 
 
 async def test_a_revoked_token_is_replaced_once(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """A token that is refused before its time is fetched once more for all who hold it."""
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         await api.newest_jobs(FLIGHTS)
         sandbox.airbyte.revoke_tokens()
         # Some hear of it only when the others have a new one already, which they must not throw away.
@@ -156,7 +157,7 @@ async def test_a_revoked_token_is_replaced_once(sandbox: Sandbox, airbyte: Airby
 async def test_401_for_ever_is_an_auth_error(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """A 401 with a fresh token ends at the second try."""
     fault = sandbox.faults.add(kind="status", status=401, path="/jobs")
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         with pytest.raises(AuthError, match="Check the credentials"):
             await api.newest_jobs(FLIGHTS)
     assert sandbox.faults.hits(fault) == 2
@@ -173,7 +174,7 @@ async def test_short_lived_tokens(sandbox: Sandbox, airbyte: AirbyteServer) -> N
             await asyncio.sleep(0.25)
 
     began = time.monotonic()
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         await asyncio.gather(*(poll(api) for _ in range(50)))
     seconds = time.monotonic() - began
     assert seconds - 1 <= sandbox.airbyte.token_requests <= seconds / 0.95 + 1
@@ -208,7 +209,7 @@ def test_how_long_a_token_lives(body: dict[str, Any], seconds: float) -> None:
 async def test_a_wrong_secret_is_tried_once(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """Fifty requests at once with a wrong secret send it once, and all fail with the same sentence."""
     wrong = airbyte.model_copy(update={"client_secret": SecretStr("wrong-secret")})
-    async with wrong.api() as api:
+    async with wrong.connect() as api:
         errors = await asyncio.gather(*(api.newest_jobs(FLIGHTS) for _ in range(50)), return_exceptions=True)
     assert sandbox.airbyte.token_requests == 1
     assert {type(error) for error in errors} == {AuthError}
@@ -217,7 +218,7 @@ async def test_a_wrong_secret_is_tried_once(sandbox: Sandbox, airbyte: AirbyteSe
 
 async def test_no_token_during_an_outage_is_no_auth_error(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """When a token expires while the token endpoint is down, that is an outage for all who wait."""
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         await api.newest_jobs(FLIGHTS)
         sandbox.airbyte.revoke_tokens()
         sandbox.faults.add(kind="status", status=503, path="/token", delay=0.05)
@@ -246,7 +247,7 @@ async def test_token_endpoint_troubles(
 ) -> None:
     """Whatever the token endpoint does, the error says what it is and that nothing was started."""
     sandbox.faults.add(path="/token", **fault)
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         with pytest.raises(error, match=says) as caught:
             await api.create_job(FLIGHTS, "sync")
     assert caught.value.sent is False
@@ -293,7 +294,7 @@ async def test_the_tree(
 ) -> None:
     """Each failure has its place in the tree and says if the start may have had an effect. No repeats."""
     sandbox.faults.add(method="POST", path="/jobs", **fault)
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         with pytest.raises(VendorError) as caught:
             await api.create_job(FLIGHTS, "sync")
     assert type(caught.value) is error
@@ -306,7 +307,7 @@ async def test_the_tree(
 async def test_refused_connections_start_nothing(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """A connection that was refused has surely had no effect."""
     sandbox.pause()
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         with pytest.raises(VendorUnavailable, match="refused") as caught:
             await api.create_job(FLIGHTS, "sync")
     assert caught.value.sent is False
@@ -315,7 +316,7 @@ async def test_refused_connections_start_nothing(sandbox: Sandbox, airbyte: Airb
 async def test_asking_starts_nothing(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """A GET that fails, however it does, is never taken for a start that may have had an effect."""
     sandbox.faults.add(kind="drop", path="/jobs")
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         with pytest.raises(VendorUnavailable) as caught:
             await api.job("1", retry=False)
     assert caught.value.sent is False
@@ -349,7 +350,7 @@ async def test_a_slow_vendor_is_unavailable() -> None:
 async def test_no_secret_leaves(sandbox: Sandbox, airbyte: AirbyteServer, fault: dict[str, Any]) -> None:
     """A secret that the vendor echoes is in no text of the error, and in nothing that Prefect would store."""
     sandbox.faults.add(method="POST", path="/jobs", **fault)
-    async with airbyte.api() as api:
+    async with airbyte.connect() as api:
         with pytest.raises(VendorError) as caught:
             await api.create_job(FLIGHTS, "sync")
     shown = f"{caught.value} {caught.value!r} {caught.value.args}".encode()
@@ -380,7 +381,7 @@ async def test_gets_are_repeated(sandbox: Sandbox, airbyte: AirbyteServer, kind:
     """A GET is repeated until the vendor answers as it should."""
     sandbox.faults.add(kind=kind, path="/jobs", times=2)
     with stamina.set_testing(True, attempts=6):
-        async with airbyte.api() as api:
+        async with airbyte.connect() as api:
             assert await api.newest_jobs(FLIGHTS) == []
     assert sandbox.requests.count(path="/jobs") == 3
 
@@ -392,7 +393,7 @@ async def test_what_repeating_can_not_mend(
     """Where it is the base URL that is wrong, the first request says so."""
     sandbox.faults.add(path="/jobs", **fault)
     with stamina.set_testing(True, attempts=6):
-        async with airbyte.api() as api:
+        async with airbyte.connect() as api:
             with pytest.raises(BadReply):
                 await api.newest_jobs(FLIGHTS)
     assert sandbox.requests.count(path="/jobs") == (1 if fault["kind"] == "html" else 6)
@@ -402,7 +403,7 @@ async def test_the_rate_limit_holds(sandbox: Sandbox, airbyte: AirbyteServer) ->
     """No more requests leave per second than the block allows."""
     slow = airbyte.model_copy(update={"requests_per_second": 10.0})
     began = time.monotonic()
-    async with slow.api() as api:
+    async with slow.connect() as api:
         await asyncio.gather(*(api.newest_jobs(FLIGHTS) for _ in range(20)))
     assert time.monotonic() - began >= 0.9
 
@@ -459,26 +460,24 @@ async def test_the_vendors_clock_is_learnt_from_the_vendor() -> None:
         ("https://api.airbyte.com", "https://api.airbyte.com/v1"),
         ("API.airbyte.com/v1/", "https://api.airbyte.com/v1"),
         ("https://cloud.airbyte.com/workspaces/abc/connections", "https://api.airbyte.com/v1"),
-        (" http://localhost:8000 ", "http://localhost:8000/api/public/v1"),
-        ("localhost:8000", "http://localhost:8000/api/public/v1"),
-        ("10.0.0.7:8000/", "http://10.0.0.7:8000/api/public/v1"),
-        ("airbyte.corp.example", "https://airbyte.corp.example/api/public/v1"),
-        ("http://localhost:8000/api", "http://localhost:8000/api/public/v1"),
-        ("http://localhost:8000/v1/", "http://localhost:8000/api/public/v1"),
-        ("http://localhost:8000/api/v1", "http://localhost:8000/api/public/v1"),
+        (" http://localhost:8000 ", "http://localhost:8000"),
+        ("localhost:8000", "http://localhost:8000"),
+        ("10.0.0.7:8000/", "http://10.0.0.7:8000"),
+        ("airbyte.corp.example", "https://airbyte.corp.example"),
+        ("http://localhost:8000/workspaces/abc", "http://localhost:8000"),
+        ("http://localhost:8000/api", "http://localhost:8000"),
+        ("http://localhost:8000/v1/", "http://localhost:8000"),
+        ("http://localhost:8000/api/v1", "http://localhost:8000/api/v1"),
         ("http://localhost:8000/api/public", "http://localhost:8000/api/public/v1"),
         ("http://localhost:8000/api/public/v1//", "http://localhost:8000/api/public/v1"),
-        (
-            "https://corp.example/tools/airbyte/api/v1?x=1#y",
-            "https://corp.example/tools/airbyte/api/public/v1",
-        ),
-        ("http://[::1]:8000", "http://[::1]:8000/api/public/v1"),
-        ("HTTPS://Airbyte.Corp.Example/", "https://airbyte.corp.example/api/public/v1"),
+        ("https://corp.example/tools/airbyte/api/v1?x=1#y", "https://corp.example/tools/airbyte/api/v1"),
+        ("http://[::1]:8000/api//public", "http://[::1]:8000/api/public/v1"),
+        ("HTTPS://Airbyte.Corp.Example/", "https://airbyte.corp.example"),
     ],
 )
 def test_base_url_spellings(given: str, expected: str) -> None:
-    """Any reasonable spelling of the base URL, or of the web interface's, leads to the API."""
-    assert public_api_url(given) == expected
+    """Any reasonable spelling of the base URL, or of the web interface's, leads to the server and its API."""
+    assert address_of(*split_address(given)) == expected
 
 
 @pytest.mark.parametrize(
@@ -488,7 +487,7 @@ def test_base_url_spellings(given: str, expected: str) -> None:
 def test_unusable_base_urls(given: str) -> None:
     """A base URL that can't be one is refused with an example of a right one."""
     with pytest.raises(ValueError, match=r"base URL.*such as https://api\.airbyte\.com/v1"):
-        public_api_url(given)
+        split_address(given)
 
 
 @pytest.mark.parametrize(

@@ -232,4 +232,4 @@ async def test_a_failure_carries_its_result(desk: Desk, sync: AirbyteSync) -> No
 
     result = await told()
     assert (result.job_id, result.state) == (desk.jobs[0], JobState.FAILED)
-    assert "public API gives no reason" in str(result.message)
+    assert "The source refused the connection" in str(result.message)

@@ -1,0 +1,240 @@
+"""Airbyte's connections and jobs as its APIs describe them, and the calls that both APIs have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Collection, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from blocks.http import ApiClient
+
+Operation = Literal["sync", "clear", "reset", "refresh"]
+ApiKind = Literal["public", "config"]
+RefreshMode = Literal["Merge", "Truncate"]
+
+PAGE = 100  # the most that either API gives at a time
+ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+class Stream(BaseModel):
+    """One stream of a connection."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    namespace: str | None = None
+
+
+class Connection(BaseModel):
+    """A connection; only what is used here."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    id: str = Field(alias="connectionId")
+    name: str
+    workspace_id: str = Field(default="", alias="workspaceId")  # left out by Config APIs of 2023
+    status: str = "active"
+    status_reason: str | None = Field(default=None, alias="statusReason")
+    namespace_definition: str | None = Field(default=None, alias="namespaceDefinition")
+    namespace_format: str | None = Field(default=None, alias="namespaceFormat")
+    prefix: str | None = None
+    streams: list[Stream] = []
+    tags: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _flatten(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "streams" in data:
+            return data
+        tags = data.get("tags") or []
+        return {
+            **data,
+            "streams": _streams(data),
+            "tags": [tag["name"] if isinstance(tag, dict) else tag for tag in tags],
+        }
+
+    @property
+    def owner(self) -> str | None:
+        """The owner that a tag `owner:<name>` names; Airbyte has no field of its own for it."""
+        return next((tag.removeprefix("owner:") for tag in self.tags if tag.startswith("owner:")), None)
+
+    @property
+    def namespace(self) -> str | None:
+        """The schema in the destination, where the connection fixes one."""
+        if self.namespace_definition in ("custom_format", "customformat"):
+            return self.namespace_format
+        return None
+
+
+def _streams(connection: dict[str, Any]) -> list[Any]:
+    catalog = connection.get("syncCatalog")
+    if not isinstance(catalog, dict):  # the public API's own form
+        return (connection.get("configurations") or {}).get("streams") or []
+    found = catalog.get("streams") or []
+    # Those that were not chosen are listed as well.
+    return [item["stream"] for item in found if (item.get("config") or {}).get("selected") is not False]
+
+
+class Failure(BaseModel):
+    """Why an attempt failed, as the Config API tells it."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    origin: str | None = Field(default=None, alias="failureOrigin")
+    type: str | None = Field(default=None, alias="failureType")
+    message: str | None = Field(default=None, alias="externalMessage")
+    internal: str | None = Field(default=None, alias="internalMessage")
+    retryable: bool | None = None
+    stream: Stream | None = Field(default=None, alias="streamDescriptor")
+
+    def __str__(self) -> str:
+        text = (self.message or self.internal or "no reason given").strip().rstrip(".")[:500]
+        kind = ", ".join(part for part in (self.origin, self.type) if part)
+        return f"{text} ({kind})" if kind else text
+
+
+class StreamStats(BaseModel):
+    """What was moved of one stream; rows and bytes are those that the destination has committed."""
+
+    name: str
+    namespace: str | None = None
+    rows: int | None = None
+    bytes: int | None = None
+
+
+class Attempt(BaseModel):
+    """One of Airbyte's own attempts at a job."""
+
+    status: str
+    failures: list[Failure] = []
+    partial: bool = False
+    streams: list[StreamStats] = []
+
+
+class Job(BaseModel):
+    """A job. Attempts, streams and rejected rows are known only where the Config API tells them."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    id: str = Field(alias="jobId", coerce_numbers_to_str=True)
+    status: str
+    type: str = Field(default="sync", alias="jobType")
+    connection_id: str = Field(alias="connectionId")
+    created_at: datetime = Field(alias="startTime")  # the job's *created* time, in spite of its name
+    duration: timedelta | None = None  # from creation to the last update, so with the time in the queue
+    bytes_synced: int | None = Field(default=None, alias="bytesSynced")
+    rows_synced: int | None = Field(default=None, alias="rowsSynced")
+    rows_rejected: int | None = None
+    attempts: list[Attempt] | None = None
+    streams: list[StreamStats] = []
+
+    @property
+    def ended(self) -> bool:
+        """Whether the status is one of the three that do not change any more."""
+        return self.status in ("succeeded", "failed", "cancelled")
+
+    @property
+    def failures(self) -> list[Failure]:
+        """Why the last attempt that has ended badly did so."""
+        return next((a.failures for a in reversed(self.attempts or []) if a.failures), [])
+
+    def with_details(self, told: Job) -> Job:
+        """The job with what another reading of it tells of attempts and streams."""
+        details = {"attempts": told.attempts, "streams": told.streams, "rows_rejected": told.rows_rejected}
+        return self.model_copy(update=details)
+
+    def does(self, operation: str) -> bool:
+        """Whether the job is of this kind. A clear may be listed as a reset: Airbyte has one of them."""
+        same = {"reset": "clear"}
+        return same.get(self.type, self.type) == same.get(operation, operation)
+
+
+def readable(items: Sequence[Any], kind: TypeAdapter[ModelT]) -> list[ModelT]:
+    """Those that are what the API promises: one that is not must not hide the other ninety-nine."""
+    found: list[ModelT] = []
+    for item in items:
+        with suppress(ValidationError):
+            found.append(kind.validate_python(item))
+    return found
+
+
+class AirbyteApi(ApiClient, ABC):
+    """The calls that running jobs needs, whichever of Airbyte's APIs they go to."""
+
+    kind: ApiKind
+
+    def begin(self, workspaces: Sequence[str]) -> None:
+        """Limit what is listed to these workspaces; none given: all that are visible."""
+        self._workspaces = list(workspaces)
+        self._known: dict[str, Connection] = {}
+
+    async def connections(self) -> list[Connection]:
+        """Every connection that is visible and not deleted."""
+        found = await self._list_connections()
+        self._known.update((connection.id, connection) for connection in found)
+        return found
+
+    async def connection(self, connection_id: str) -> Connection:
+        """One connection, from memory when it was seen on this client already.
+
+        Raises:
+            NotFoundError: There is none with this id.
+        """
+        if connection_id not in self._known:
+            self._known[connection_id] = await self._read_connection(connection_id)
+        return self._known[connection_id]
+
+    def forget(self, connection_id: str) -> None:
+        """Read the connection anew when it is asked for next: what was known of it has proved wrong."""
+        self._known.pop(connection_id, None)
+
+    @abstractmethod
+    async def _list_connections(self) -> list[Connection]: ...
+
+    @abstractmethod
+    async def _read_connection(self, connection_id: str) -> Connection: ...
+
+    @abstractmethod
+    async def create_job(self, connection_id: str, operation: Operation) -> Job:
+        """Start a job. Not repeated: neither API has an idempotency key.
+
+        Raises:
+            ConflictError: A job is running, or the connection's state forbids it.
+            VendorError: Anything else; `sent` says whether a job may have been started.
+        """
+
+    @abstractmethod
+    async def job(self, job_id: str, *, retry: bool = True) -> Job:
+        """One job.
+
+        Raises:
+            NotFoundError: There is none with this id.
+        """
+
+    @abstractmethod
+    async def newest_jobs(self, connection_id: str, *, retry: bool = True) -> list[Job]:
+        """The newest jobs of a connection, newest first."""
+
+    @abstractmethod
+    def jobs_since(
+        self, created: datetime, connection_ids: Collection[str], *, pages: int
+    ) -> AsyncIterator[list[Job]]:
+        """Pages of the jobs that were created since a time, newest first, at most so many pages.
+
+        Args:
+            created: By Airbyte's clock.
+            connection_ids: Whose jobs are wanted; there may be others among them.
+            pages: Of a hundred jobs each.
+        """
+
+    @abstractmethod
+    async def cancel_job(self, job_id: str) -> None:
+        """Cancel what the connection of this job is running *now*: read the job first.
+
+        Raises:
+            ConflictError: It runs nothing.
+        """

@@ -1,0 +1,88 @@
+"""Airbyte's public API (v1), of the Cloud and of self-managed servers since 2023.
+
+Vendor documentation: https://reference.airbyte.com/reference/getting-started
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Collection
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel, TypeAdapter
+
+from blocks.airbyte_model import PAGE, AirbyteApi, Connection, Job, Operation, readable
+
+_NEWEST_FIRST = "createdAt|DESC"  # must be said: left out, the API answers with the oldest
+
+
+class _Jobs(BaseModel):
+    data: list[Any]
+
+
+class _Connections(BaseModel):
+    data: list[Connection]
+
+
+_JOB = TypeAdapter(Job)
+_JOBS = TypeAdapter(_Jobs)
+_CONNECTION = TypeAdapter(Connection)
+_CONNECTIONS = TypeAdapter(_Connections)
+_ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
+
+
+class PublicApi(AirbyteApi):
+    """The public API. It tells no attempts, no streams and no reason of a failure."""
+
+    kind = "public"
+
+    async def _list_connections(self) -> list[Connection]:
+        found: list[Connection] = []
+        while True:
+            # `next` is never followed: it drops filters and names the server's configured host.
+            params = {"limit": PAGE, "offset": len(found), **self._of_workspaces()}
+            page = (await self.get("/connections", _CONNECTIONS, params)).data
+            found += page
+            if len(page) < PAGE:
+                return found
+
+    async def _read_connection(self, connection_id: str) -> Connection:
+        return await self.get(f"/connections/{connection_id}", _CONNECTION)
+
+    async def create_job(self, connection_id: str, operation: Operation) -> Job:
+        """`POST /jobs`."""
+        body = {"connectionId": connection_id, "jobType": operation}
+        return await self.send("POST", "/jobs", _JOB, body=body)
+
+    async def job(self, job_id: str, *, retry: bool = True) -> Job:
+        """`GET /jobs/{id}`."""
+        return await self.get(f"/jobs/{job_id}", _JOB, retry=retry)
+
+    async def newest_jobs(self, connection_id: str, *, retry: bool = True) -> list[Job]:
+        """`GET /jobs` of one connection."""
+        params = {"connectionId": connection_id, "limit": 20, "orderBy": _NEWEST_FIRST}
+        return readable((await self.get("/jobs", _JOBS, params, retry=retry)).data, _JOB)
+
+    async def jobs_since(
+        self, created: datetime, connection_ids: Collection[str], *, pages: int
+    ) -> AsyncIterator[list[Job]]:
+        """`GET /jobs` of the workspaces, page by page."""
+        params: dict[str, Any] = {
+            "limit": PAGE,
+            "orderBy": _NEWEST_FIRST,
+            "createdAtStart": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
+            **self._of_workspaces(),
+        }
+        for page in range(pages):
+            reply = await self.get("/jobs", _JOBS, {**params, "offset": page * PAGE}, retry=False)
+            yield readable(reply.data, _JOB)
+            if len(reply.data) < PAGE:
+                return
+
+    async def cancel_job(self, job_id: str) -> None:
+        """`DELETE /jobs/{id}`."""
+        await self.send("DELETE", f"/jobs/{job_id}", _ANYTHING)
+
+    def _of_workspaces(self) -> dict[str, str]:
+        # Only the plural is a parameter: a `workspaceId` is ignored without a word.
+        return {"workspaceIds": ",".join(self._workspaces)} if self._workspaces else {}
