@@ -3,6 +3,8 @@
 #   make demo [FAIL=weather] [RESUME=1]   the main job once, on real flights
 #   make ui                               the Prefect UI and the sandbox, until Ctrl-C
 #   make test [ARGS="-k journal"]         the tests
+#   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
+#   make docs                             the dbt project's own site
 #   make lint types check bench
 
 PYTHON ?= python3
@@ -11,7 +13,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
 
-.PHONY: setup demo ui test lint types check bench clean
+.PHONY: setup demo ui test lint types check check-dbt docs bench clean
 
 setup: $(READY)
 
@@ -41,7 +43,17 @@ lint: $(READY)
 types: $(READY)
 	@$(BIN)/mypy
 
-check: lint types test
+check: lint types check-dbt test
+
+check-dbt: $(READY)
+	@$(BIN)/python -m deployments.check_dbt $(ARGS)
+
+# With the columns of the demo's warehouse, once there is one.
+docs: $(READY)
+	@ELT_WAREHOUSE=$(abspath $(STATE))/warehouse.duckdb $(BIN)/dbt --quiet docs generate --static \
+	  --project-dir sandbox/dbt --profiles-dir sandbox/dbt --target-path $(abspath $(STATE))/docs \
+	  --log-path $(abspath $(STATE))/docs $(if $(wildcard $(STATE)/warehouse.duckdb),,--empty-catalog)
+	@echo "The dbt project's site: $(STATE)/docs/static_index.html"
 
 bench: $(READY)
 	@$(BIN)/python -m bench $(ARGS)

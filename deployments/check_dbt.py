@@ -1,0 +1,183 @@
+"""Looks over a dbt project before it is merged: `make check-dbt`, or `python -m deployments.check_dbt`.
+
+For any CI: it needs no warehouse, no vendor and no Prefect server, prints one line per check, and exits with
+1 if one of them fails. It sees that the project parses, that it keeps its own standards (dbt-score, with the
+rules and limits in the project's `pyproject.toml`), that every selector selects something, that every
+exposure has an owner and stands on models that are enabled, and that every connection and activation that the
+project names in its `meta` is one that a deployment runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dbt.cli.main import dbtRunner
+from pydantic import TypeAdapter, ValidationError
+
+from flows.parameters import Activation, Sync
+from tasks.dbt.lineage import Lineage, LineageNode
+from tasks.jobs import Parameters
+from tasks.tools import TOOLS
+
+
+class Failed(Exception):
+    """A check failed; the message says what to do."""
+
+
+class DbtProject:
+    """A dbt project, parsed once into a folder of its own.
+
+    Args:
+        folder: Where dbt_project.yml is.
+        target: Where dbt may write.
+    """
+
+    def __init__(self, folder: Path, target: Path) -> None:
+        self.folder = folder.absolute()
+        self.target = target
+        self.manifest: Any = None
+        self.lineage = Lineage({})
+
+    def parse(self) -> str:
+        """Parse it; what is wrong is in dbt's own words."""
+        result = self._dbt("parse")
+        self.manifest = result
+        self.lineage = Lineage.from_manifest(json.loads((self.target / "manifest.json").read_text()))
+        return f"{len(self.lineage.nodes)} nodes"
+
+    def selectors(self) -> str:
+        """Every selector of selectors.yml selects at least one node."""
+        names = sorted(self.manifest.selectors)
+        empty = [name for name in names if not self._dbt("ls", "--selector", name)]
+        if empty:
+            raise Failed(f"nothing is selected by {', '.join(empty)}")
+        return ", ".join(names) or "there are none"
+
+    def exposures(self) -> str:
+        """Every exposure has an owner and stands on something that is enabled."""
+        for exposure in self.lineage.exposures:
+            if not exposure.owner:
+                raise Failed(f"exposure {exposure.name} has no owner: nobody would be told that it is late")
+            if not self.lineage.parents(exposure.unique_id):
+                raise Failed(f"exposure {exposure.name} depends on nothing that is enabled")
+        return ", ".join(exposure.name for exposure in self.lineage.exposures) or "there are none"
+
+    def standards(self) -> str:
+        """dbt-score, with the project's own limits."""
+        command = ["lint", "--manifest", str(self.target / "manifest.json"), "--format", "plain"]
+        done = subprocess.run(  # noqa: S603
+            [str(Path(sys.executable).with_name("dbt-score")), *command],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, "NO_COLOR": "1"},
+        )
+        lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
+        if done.returncode:
+            raise Failed("\n".join(lines))
+        return lines[-1] if lines else "passed"
+
+    def _dbt(self, *command: str) -> Any:
+        folders = ["--project-dir", str(self.folder), "--profiles-dir", str(self.folder)]
+        folders += ["--target-path", str(self.target), "--log-path", str(self.target)]
+        # dbt names what it does on stdout; only what we make of it is of interest.
+        with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
+            done = dbtRunner(manifest=self.manifest).invoke([*command, "--quiet", *folders])
+        if not done.success:
+            raise Failed(str(done.exception or done.result))
+        return done.result
+
+
+def known_ids(prefect_file: Path) -> dict[str, set[str]]:
+    """What the deployments run, by tool.
+
+    Raises:
+        Failed: The parameters of a deployment are not what its flow takes.
+    """
+    known: dict[str, set[str]] = {}
+    for deployment in yaml.safe_load(prefect_file.read_text())["deployments"]:
+        parameters = deployment.get("parameters") or {}
+        for name, kind in (("syncs", Sync), ("activations", Activation)):
+            adapter: TypeAdapter[list[Parameters]] = TypeAdapter(list[kind])  # type: ignore[valid-type]
+            try:
+                requests = adapter.validate_python(parameters.get(name) or [])
+            except ValidationError as error:
+                first = error.errors(include_url=False, include_input=False)[0]
+                where = ".".join(str(part) for part in (name, *first["loc"]))
+                raise Failed(f"{where} of deployment {deployment['name']}: {first['msg']}") from None
+            for request in requests:
+                known.setdefault(request.tool, set()).add(request.resource_id.casefold())
+    return known
+
+
+def ids(project: DbtProject, known: Mapping[str, set[str]]) -> str:
+    """Every connection and activation that the project names is one that a deployment runs."""
+    count = 0
+    for node in (*project.lineage.sources, *project.lineage.exposures):
+        for tool, value in _named_by(node):
+            count += 1
+            if value.casefold() not in known.get(tool, set()):
+                where = f"{node.resource_type} {node.name}: {TOOLS[tool].meta}"
+                raise Failed(f"{where} is {value}, which no deployment runs")
+    return f"{count} ids in meta"
+
+
+def _named_by(node: LineageNode) -> Iterator[tuple[str, str]]:
+    for tool in TOOLS.values():
+        value = node.meta.get(tool.meta)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                yield tool.name, str(one)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all checks and print them.
+
+    Returns:
+        The exit code: 0 if all of them passed.
+    """
+    parser = argparse.ArgumentParser(prog="python -m deployments.check_dbt", description=__doc__)
+    parser.add_argument(
+        "--project", type=Path, default=Path("sandbox/dbt"), help="folder with dbt_project.yml"
+    )
+    parser.add_argument("--prefect-file", type=Path, default=Path("deployments/prefect.yaml"))
+    options = parser.parse_args(arguments)
+    for needed in (options.project / "dbt_project.yml", options.prefect_file):
+        if not needed.is_file():
+            parser.error(f"there is no {needed}")
+    with tempfile.TemporaryDirectory() as target:
+        # A profile may ask for the path of a warehouse; to parse, dbt never opens it.
+        os.environ.setdefault("ELT_WAREHOUSE", f"{target}/none.duckdb")
+        project = DbtProject(options.project, Path(target))
+        checks: dict[str, Callable[[], str]] = {
+            "parse": project.parse,
+            "standards": project.standards,
+            "selectors": project.selectors,
+            "exposures": project.exposures,
+            "ids": lambda: ids(project, known_ids(options.prefect_file)),
+        }
+        bad = 0
+        for name, check in checks.items():
+            try:
+                print(f"✓ {name}: {check()}")  # noqa: T201 - it is a command
+            except Failed as error:
+                bad += 1
+                print(f"✗ {name}: {error}")  # noqa: T201
+                if name == "parse":
+                    break  # without a manifest there is nothing more to look at
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""`make check-dbt`: what a pull request is told about the dbt project."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deployments.check_dbt import Failed, known_ids
+
+ROOT = Path(__file__).parent.parent
+PREFECT_FILE = ROOT / "deployments" / "prefect.yaml"
+
+
+def check(project: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "deployments.check_dbt", "--project", str(project)]
+    return subprocess.run(  # noqa: S603
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
+    )
+
+
+def test_the_stage_passes() -> None:
+    """The stage's own project keeps its standards, and names only what the deployments run."""
+    done = check(ROOT / "sandbox" / "dbt")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == [
+        "✓ parse",
+        "✓ standards",
+        "✓ selectors",
+        "✓ exposures",
+        "✓ ids",
+    ]
+
+
+def test_every_mistake_is_named(tmp_path: Path) -> None:
+    """One mistake does not hide the next: each check says its own."""
+    project = tmp_path / "dbt"
+    shutil.copytree(ROOT / "sandbox" / "dbt", project, ignore=shutil.ignore_patterns("target", "logs"))
+    selectors = project / "selectors.yml"
+    selectors.write_text(selectors.read_text().replace("value: weather_stations", "value: weather_station"))
+    sources = project / "models" / "sources" / "sources.yml"
+    sources.write_text(sources.read_text().replace("7f1a6001-2013", "7f1a6009-2013"))
+    standards = project / "pyproject.toml"
+    standards.write_text(standards.read_text().replace("fail_project_under = 9.0", "fail_project_under = 11"))
+    done = check(project)
+    assert done.returncode == 1
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("✗ standards: ") for line in lines)
+    assert "✗ selectors: nothing is selected by weather" in lines
+    assert (
+        "✗ ids: source flights: airbyte_connection_id is 7f1a6009-2013-4a00-8000-000000000001, which no "
+        "deployment runs"
+    ) in lines
+
+
+def test_a_project_that_does_not_parse(tmp_path: Path) -> None:
+    """A project that does not parse is told so in dbt's words, and nothing else is looked at."""
+    project = tmp_path / "dbt"
+    shutil.copytree(ROOT / "sandbox" / "dbt", project, ignore=shutil.ignore_patterns("target", "logs"))
+    (project / "models" / "marts" / "broken.sql").write_text("select * from {{ ref('nowhere') }}")
+    done = check(project)
+    assert done.returncode == 1
+    assert done.stdout.startswith("✗ parse: ")
+    assert "depends on a node named 'nowhere' which was not found" in done.stdout
+    assert "selectors" not in done.stdout
+
+
+def test_parameters_that_are_no_parameters(tmp_path: Path) -> None:
+    """A deployment whose parameters its flow would refuse is named."""
+    file = tmp_path / "prefect.yaml"
+    file.write_text(PREFECT_FILE.read_text().replace("7f1a6001-2013-4a00-8000-000000000001", "flights", 1))
+    with pytest.raises(Failed, match=r"syncs\.0.* of deployment flights: .*not an Airbyte connection"):
+        known_ids(file)
