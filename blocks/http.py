@@ -206,9 +206,10 @@ def _vendor_message(body: Any) -> str | None:
         return body.strip()[:500] or None
     if not isinstance(body, Mapping):
         return None
-    data = body.get("data")
+    data, status = body.get("data"), body.get("status")
     parts = [
         data.get("message") if isinstance(data, Mapping) else None,
+        _envelope_message(status) if isinstance(status, Mapping) else None,  # dbt Cloud
         *(body.get(key) for key in ("message", "error", "detail", "title")),
     ]
     for part in parts:
@@ -217,6 +218,11 @@ def _vendor_message(body: Any) -> str | None:
     if isinstance(body.get("errorId"), str):
         return f"error id {body['errorId']}"
     return None
+
+
+def _envelope_message(status: Mapping[str, Any]) -> str:
+    words = (status.get("user_message"), status.get("developer_message"))
+    return " ".join(word.strip() for word in words if isinstance(word, str))
 
 
 @cache
@@ -319,12 +325,30 @@ class ApiClient:
     ) -> T:
         if not retry:
             return await self.send(method, path, reply, params=params, body=body)
-        async for attempt in stamina.retry_context(
-            on=_worth_repeating, attempts=6, timeout=self._retry_budget, wait_initial=0.2, wait_max=10.0
-        ):
+        async for attempt in self._attempts():
             with attempt:
                 return await self.send(method, path, reply, params=params, body=body)
         raise AssertionError  # stamina re-raises the last error; this is for the type checker
+
+    async def file(self, path: str, params: Mapping[str, Any] | None = None) -> bytes:
+        """GET a file as it is, whatever is in it; repeated on a failure of the vendor's side.
+
+        Raises:
+            VendorError: One of the tree in the module docstring.
+        """
+        async for attempt in self._attempts():
+            with attempt:
+                where: dict[str, Any] = {"method": "GET", "path": path, "sent": False}
+                response = await self._exchange(where, params=params, headers={"Accept": "*/*"})
+                if _is_html(response):
+                    raise bad_reply(self.vendor, response, where)
+                return response.content
+        raise AssertionError  # as above
+
+    def _attempts(self) -> AsyncIterator[stamina.Attempt]:
+        return stamina.retry_context(
+            on=_worth_repeating, attempts=6, timeout=self._retry_budget, wait_initial=0.2, wait_max=10.0
+        )
 
     async def send(
         self,
@@ -342,20 +366,7 @@ class ApiClient:
         """
         # Asking for a document starts nothing, however it ends.
         where: dict[str, Any] = {"method": method, "path": path, "sent": method != "GET"}
-        if self._limiter:
-            await self._limiter.acquire()
-        try:
-            response = await self._http.request(method, path, params=params, json=body)
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise VendorError(
-                self.vendor, f"the base URL can't be used ({error})", **{**where, "sent": False}
-            ) from None
-        except httpx.TransportError as error:
-            raise self._transport_error(error, where) from None
-        except httpx.DecodingError:
-            raise BadReply(self.vendor, "its reply is compressed and broken", **where) from None
-        if not response.is_success:
-            raise self._status_error(response, where)
+        response = await self._exchange(where, params=params, json=body)
         try:
             document = response.json()
         except ValueError:
@@ -373,6 +384,24 @@ class ApiClient:
                 body=document,
                 **where,
             ) from None
+
+    async def _exchange(self, where: Mapping[str, Any], **request: Any) -> httpx.Response:
+        """Send one request, once; its reply if that is a success."""
+        if self._limiter:
+            await self._limiter.acquire()
+        try:
+            response = await self._http.request(where["method"], where["path"], **request)
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
+            raise VendorError(
+                self.vendor, f"the base URL can't be used ({error})", **{**where, "sent": False}
+            ) from None
+        except httpx.TransportError as error:
+            raise self._transport_error(error, where) from None
+        except httpx.DecodingError:
+            raise BadReply(self.vendor, "its reply is compressed and broken", **where) from None
+        if not response.is_success:
+            raise self._status_error(response, where)
+        return response
 
     def _transport_error(self, error: httpx.TransportError, where: Mapping[str, Any]) -> VendorError:
         try:

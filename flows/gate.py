@@ -75,7 +75,7 @@ class Gate:
 
     def why_not_transform(self) -> str | None:
         """Why dbt can't run at all; None if it can."""
-        if self.plan is None:
+        if self.plan is None or not self.late:
             return None
         if blind := [job for job in self.late if not self.sources_of(job)]:
             them = "it" if len(blind) == 1 else "them"

@@ -4,7 +4,12 @@ In a deployment and in a form `tool` is written out; in Python the class says it
 """
 
 # No `from __future__ import annotations` here: see flows/elt.py.
+from typing import Annotated
+
+from pydantic import Field
+
 from tasks.airbyte import AirbyteSync
+from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
 from tasks.hightouch import HightouchSync
 from tasks.slack import SlackNotify
@@ -15,7 +20,7 @@ __all__ = ["Activation", "Notify", "OwnStep", "Sync", "Transform"]
 Sync = AirbyteSync
 """What loads a connection."""
 
-Transform = DbtCore
+Transform = Annotated[DbtCore | DbtCloud, Field(discriminator="tool")]
 """What builds models."""
 
 Activation = HightouchSync

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import Task
 
-from tasks import airbyte, dbt_core, hightouch
+from tasks import airbyte, dbt_cloud, dbt_core, hightouch
 from tasks.dbt.model import DbtPlan, DbtResult
 from tasks.jobs import JobVendor, Tool
 
@@ -21,22 +21,31 @@ class Transform:
         name: The `tool` of its parameters.
         plan: A task that tells what would be built, before anything is started.
         build: A task that builds, without what is given as excluded.
+        vendor: As of a `Tool`, where it builds by a remote job; None where it builds here.
     """
 
     name: str
     plan: Task[[Any], Coroutine[Any, Any, DbtPlan]]
     build: Task[[Any, Sequence[str]], Coroutine[Any, Any, DbtResult]]
+    vendor: Callable[[str], Awaitable[JobVendor[Any]]] | None = None
 
 
 TOOLS: dict[str, Tool] = {tool.name: tool for tool in (airbyte.TOOL, hightouch.TOOL)}
 """The tools whose jobs a flow runs, by name."""
 
 TRANSFORMS: dict[str, Transform] = {
-    transform.name: transform for transform in (Transform("dbt-core", dbt_core.dbt_plan, dbt_core.dbt_build),)
+    transform.name: transform
+    for transform in (
+        Transform("dbt-core", dbt_core.dbt_plan, dbt_core.dbt_build),
+        Transform(
+            "dbt-cloud", dbt_cloud.dbt_cloud_plan, dbt_cloud.dbt_cloud_build, dbt_cloud.dbt_cloud_vendor
+        ),
+    )
 }
 """The tools that build models, by name."""
 
 VENDORS: dict[str, Callable[[str], Awaitable[JobVendor[Any]]]] = {
-    tool.name: tool.vendor for tool in TOOLS.values()
+    **{tool.name: tool.vendor for tool in TOOLS.values()},
+    **{transform.name: transform.vendor for transform in TRANSFORMS.values() if transform.vendor},
 }
 """How a vendor is made from the name of a saved block, by the vendor's name in the journal."""

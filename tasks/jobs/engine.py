@@ -11,6 +11,7 @@ import logging
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
+from uuid import uuid4
 
 import anyio
 from prefect.exceptions import MissingContextError
@@ -180,7 +181,7 @@ class _Run(Generic[R]):
         known = await self.journal.job_ids(self.vendor.name, self.request.resource_id)
         self.entry = self.entry.model_copy(
             update={
-                "marker": f"elt:{self.entry.key}:{len(known) + 1}",
+                "marker": f"elt:{self.entry.key}:{len(known) + 1}:{uuid4().hex[:8]}",
                 "since": datetime.now(UTC) - _CLOCK_MARGIN,
                 "known": known,
                 "baseline": None,
