@@ -4,6 +4,7 @@
 #   make ui                               the Prefect UI and the sandbox, until Ctrl-C
 #   make test [ARGS="-k journal"]         the tests
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
+#   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
 #   make docs                             the dbt project's own site
 #   make lint types check bench
 
@@ -13,7 +14,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
 
-.PHONY: setup demo ui test lint types check check-dbt docs bench clean
+.PHONY: setup demo ui test lint types check check-dbt docs pipelines bench clean
 
 setup: $(READY)
 
@@ -47,6 +48,9 @@ check: lint types check-dbt test
 
 check-dbt: $(READY)
 	@$(BIN)/python -m deployments.check_dbt $(ARGS)
+
+pipelines: $(READY)
+	@$(BIN)/python -m deployments.pipelines $(ARGS)
 
 # With the columns of the demo's warehouse, once there is one.
 docs: $(READY)

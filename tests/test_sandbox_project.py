@@ -240,7 +240,7 @@ def test_connections_and_activations_are_written_in_meta(built: Built) -> None:
     exposures = {exposure["name"]: exposure for exposure in built.manifest["exposures"].values()}
     assert exposures["crm_carrier_scorecard"]["config"]["meta"] == {"hightouch_sync_id": 101}
     assert exposures["crm_carrier_scorecard"]["depends_on"]["nodes"] == [model("mart_carrier_scorecard")]
-    assert exposures["braze_weather_delays"]["config"]["meta"] == {"hightouch_sync_id": 102}
+    assert exposures["braze_weather_delays"]["config"]["meta"]["hightouch_sync_id"] == 102
     assert exposures["braze_weather_delays"]["depends_on"]["nodes"] == [model("mart_weather_delays")]
     assert exposures["ops_dashboard"]["config"]["meta"]["dashboard_url"].startswith("https://")
     assert all(exposure["owner"]["name"] for exposure in exposures.values())

@@ -35,6 +35,7 @@ class LineageNode:
     owner: str | None = None
     group: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    tags: tuple[str, ...] = ()
     # Of a source
     source_name: str = ""
     schema: str = ""
@@ -258,6 +259,7 @@ def _node(unique_id: str, raw: Mapping[str, Any], owners: Mapping[str, str | Non
         owner=owner or (str(meta["owner"]) if meta.get("owner") else None),
         group=str(group) if group else None,
         meta=meta,
+        tags=tuple(raw.get("tags") or config.get("tags") or ()),
         source_name=str(raw.get("source_name") or ""),
         schema=str(raw.get("schema") or ""),
         identifier=str(raw.get("identifier") or raw.get("alias") or ""),

@@ -1,0 +1,140 @@
+"""Pipelines from the manifest: what a team writes in its dbt project becomes a deployment."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.check_dbt import Failed
+from deployments.pipelines import declared_pipelines, deployment
+from flows import elt_chain
+from tasks.dbt.lineage import Lineage, LineageNode
+
+ROOT = Path(__file__).parent.parent
+GENERATED = ROOT / "deployments" / "pipelines.yaml"
+A = "7f1a6001-2013-4a00-8000-000000000001"
+B = "7f1a6002-2013-4a00-8000-000000000002"
+C = "7f1a6003-2013-4a00-8000-000000000003"
+BASE: dict[str, Any] = {
+    "name": "base",
+    "entrypoint": "flows.elt.elt_chain",
+    "work_pool": {"name": "elt"},
+    "concurrency_limit": 1,
+    "parameters": {
+        "syncs": [{"tool": "airbyte", "server": "airbyte", "connection_id": id_} for id_ in (A, B, C)],
+        "transform": {"tool": "dbt-core", "project_dir": "dbt", "threads": 2},
+        "activations": [
+            {"tool": "hightouch", "credentials": "hightouch", "sync_id": id_} for id_ in ("1", "2", "3")
+        ],
+    },
+}
+
+
+def node(kind: str, name: str, *parents: str, meta: dict[str, Any] | None = None, **more: Any) -> LineageNode:
+    return LineageNode(f"{kind}.{name}", name, kind, parents, meta=meta or {}, **more)
+
+
+def lineage(*, pipeline: Any = True, unnamed: bool = False) -> Lineage:
+    nodes = [
+        node("source", "orders", meta={} if unnamed else {"airbyte_connection_id": A}),
+        node("source", "people", meta={"airbyte_connection_id": B}),
+        node("model", "stg_orders", "source.orders"),
+        node("model", "fct_orders", "model.stg_orders", tags=("finance",)),
+        node("model", "dim_people", "source.people"),
+        node("exposure", "books", "model.fct_orders", meta={"hightouch_sync_id": 1, "pipeline": pipeline}),
+        node("exposure", "crm", "model.fct_orders", "model.dim_people", meta={"hightouch_sync_id": 2}),
+    ]
+    return Lineage({each.unique_id: each for each in nodes})
+
+
+def generated(graph: Lineage, variables: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    return [deployment(each, graph, BASE) for each in declared_pipelines(graph, variables or {})]
+
+
+def test_the_file_is_up_to_date() -> None:
+    """What is in the repository is what the stage's project declares, and its flow takes it."""
+    command = [sys.executable, "-m", "deployments.pipelines", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)  # noqa: S603
+    assert done.returncode == 0, done.stdout + done.stderr
+    entries = yaml.safe_load(GENERATED.read_text())["deployments"]
+    assert [entry["name"] for entry in entries] == [
+        "exposure-braze-weather-delays",
+        "exposure-ops-dashboard",
+        "tag-reference",
+    ]
+    for entry in entries:
+        elt_chain.validate_parameters(entry["parameters"])
+
+
+def test_check_says_what_is_out_of_date(tmp_path: Path) -> None:
+    """A file that lags behind is not written in a check, and the difference is shown."""
+    old = tmp_path / "pipelines.yaml"
+    old.write_text(GENERATED.read_text().replace("*/30 5-23", "*/15 5-23"))
+    before = old.read_text()
+    command = [sys.executable, "-m", "deployments.pipelines", "--check", "--output", str(old)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100)  # noqa: S603
+    assert done.returncode == 1
+    assert "-    cron: '*/15 5-23 * * *'" in done.stdout
+    assert "+    cron: '*/30 5-23 * * *'" in done.stdout
+    assert old.read_text() == before
+
+
+def test_an_exposure() -> None:
+    """An exposure's pipeline syncs what feeds it, builds what is above it and activates what hangs on it."""
+    (entry,) = generated(lineage(pipeline={"cron": "0 7 * * *", "owner": "finance"}))
+    parameters = entry["parameters"]
+    assert entry["name"] == "exposure-books"
+    assert [sync["connection_id"] for sync in parameters["syncs"]] == [A]
+    assert parameters["transform"] == {
+        "tool": "dbt-core",
+        "project_dir": "dbt",
+        "threads": 2,
+        "select": ["+exposure:books"],
+    }
+    assert [activation["sync_id"] for activation in parameters["activations"]] == ["1"]
+    assert entry["schedules"] == [{"slug": "declared", "cron": "0 7 * * *", "timezone": "UTC"}]
+    assert "finance" in entry["tags"]
+
+
+def test_a_tag() -> None:
+    """A tag's pipeline builds what is tagged with what it is built on; an exposure on more is not its own."""
+    (_, entry) = generated(lineage(), {"pipelines": {"finance": None}})
+    assert entry["name"] == "tag-finance"
+    assert entry["parameters"]["transform"]["select"] == ["+tag:finance"]
+    assert [activation["sync_id"] for activation in entry["parameters"]["activations"]] == ["1"]
+    assert "schedules" not in entry
+
+
+def test_connections_that_no_source_names() -> None:
+    """Where a source does not say who fills it, every connection that no source names may be the one."""
+    (entry,) = generated(lineage(unnamed=True))
+    assert [sync["connection_id"] for sync in entry["parameters"]["syncs"]] == [A, C]
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "variables", "says"),
+    [
+        ({"cron": "0 7 * * *", "time_zone": "UTC"}, {}, r"meta.pipeline of exposure books: time_zone: Extra"),
+        ("daily", {}, r"meta.pipeline of exposure books: Input should be"),
+        (True, {"pipelines": {"finnance": {}}}, "the tag finnance, which is on no model"),
+        (True, {"pipelines": {"finance": {"cron": 7}}}, "vars.pipelines.finance of dbt_project.yml: cron"),
+    ],
+)
+def test_declarations_that_make_no_sense(pipeline: Any, variables: dict[str, Any], says: str) -> None:
+    """A mistake in a declaration is named with its place."""
+    with pytest.raises(Failed, match=says):
+        generated(lineage(pipeline=pipeline), variables)
+
+
+def test_a_pipeline_that_nothing_feeds() -> None:
+    """A pipeline without a connection is a mistake, not an empty deployment."""
+    graph = lineage()
+    (pipeline,) = declared_pipelines(graph, {})
+    others = {**BASE, "parameters": {**BASE["parameters"], "syncs": BASE["parameters"]["syncs"][1:2]}}
+    with pytest.raises(Failed, match=r"no connection of the deployment base feeds \+exposure:books"):
+        deployment(pipeline, graph, others)
