@@ -204,7 +204,7 @@ async def why_it_broke(api: DbtCloudApi, run: Run) -> str:
         run = await api.run(str(run.id), related=["run_steps"])
     if step is None:
         return run.status_message or "dbt Cloud gives no reason"
-    what = f"the step {step.command or step.name!r} failed"
+    what = f"the step `{step.command or step.name}` failed"
     told = complaint_in(logs or "") or run.status_message
     return f"{what}: {told}" if told else what
 
