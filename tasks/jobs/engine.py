@@ -185,6 +185,7 @@ class _Run(Generic[R]):
                 "since": datetime.now(UTC) - _CLOCK_MARGIN,
                 "known": known,
                 "baseline": None,
+                "repeat": earlier is not None and (earlier.repeat or earlier.handle is not None),
                 "handle": None,
                 "result": None,
             }

@@ -99,6 +99,9 @@ class Intent(BaseModel):
     since: datetime = Field(description="Our clock when we set out to start it.")
     known: list[str] = Field(default=[], description="Ids of earlier jobs of this resource: they are not it.")
     baseline: str | None = Field(default=None, description="What the vendor's `baseline` said before.")
+    repeat: bool = Field(
+        default=False, description="Whether an earlier attempt of the same run has started this job before."
+    )
 
 
 class JobHandle(BaseModel):
