@@ -18,13 +18,14 @@ def ours(order: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     # Not at the top: the plain way must not pay for the import.
     from blocks import AirbyteServer
     from flows import sync_connections
+    from flows.parameters import Sync
     from tasks.airbyte import AirbyteSync
     from tasks.jobs import JobState
 
     server = AirbyteServer(
         base_url=order["base_url"], client_id=catalog.CLIENT_ID, client_secret=catalog.CLIENT_SECRET
     )
-    syncs = [AirbyteSync(server=server, connection_id=each) for each in order["connections"]]
+    syncs: list[Sync] = [AirbyteSync(server=server, connection_id=each) for each in order["connections"]]
     began = time.perf_counter()
     done = sync_connections(syncs=syncs, max_concurrency=order["concurrency"])
     wall = time.perf_counter() - began

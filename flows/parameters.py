@@ -11,13 +11,14 @@ from pydantic import Field
 from tasks.airbyte import AirbyteSync
 from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
+from tasks.fivetran import FivetranSync
 from tasks.hightouch import HightouchSync
 from tasks.slack import SlackNotify
 from tasks.steps import OwnStep
 
 __all__ = ["Activation", "Notify", "OwnStep", "Sync", "Transform"]
 
-Sync = AirbyteSync
+Sync = Annotated[AirbyteSync | FivetranSync, Field(discriminator="tool")]
 """What loads a connection."""
 
 Transform = Annotated[DbtCore | DbtCloud, Field(discriminator="tool")]

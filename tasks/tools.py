@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import Task
 
-from tasks import airbyte, dbt_cloud, dbt_core, hightouch
+from tasks import airbyte, dbt_cloud, dbt_core, fivetran, hightouch
 from tasks.dbt.model import DbtPlan, DbtResult
 from tasks.jobs import JobVendor, Tool
 
@@ -30,7 +30,7 @@ class Transform:
     vendor: Callable[[str], Awaitable[JobVendor[Any]]] | None = None
 
 
-TOOLS: dict[str, Tool] = {tool.name: tool for tool in (airbyte.TOOL, hightouch.TOOL)}
+TOOLS: dict[str, Tool] = {tool.name: tool for tool in (airbyte.TOOL, fivetran.TOOL, hightouch.TOOL)}
 """The tools whose jobs a flow runs, by name."""
 
 TRANSFORMS: dict[str, Transform] = {
