@@ -71,7 +71,7 @@ class Checking:
     def __init__(self, requests: Sequence[Parameters]) -> None:
         self._of_tool: dict[str, list[int]] = {}
         for position, request in enumerate(requests):
-            self._of_tool.setdefault(request.tool, []).append(position)
+            self._of_tool.setdefault(TOOLS[request.tool].name, []).append(position)
         self._futures = {
             tool: submit(TOOLS[tool].check, [requests[position] for position in positions])
             for tool, positions in self._of_tool.items()

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from tasks.airbyte import AirbyteSync
+from tasks.airbyte import AirbyteConnections, AirbyteSync
 from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
 from tasks.fivetran import FivetranSync
@@ -18,8 +18,8 @@ from tasks.steps import OwnStep
 
 __all__ = ["Activation", "Notify", "OwnStep", "Sync", "Transform"]
 
-Sync = Annotated[AirbyteSync | FivetranSync, Field(discriminator="tool")]
-"""What loads a connection."""
+Sync = Annotated[AirbyteSync | AirbyteConnections | FivetranSync, Field(discriminator="tool")]
+"""What loads a connection, or connections by tag."""
 
 Transform = Annotated[DbtCore | DbtCloud, Field(discriminator="tool")]
 """What builds models."""

@@ -1,185 +1,52 @@
-"""Airbyte tasks: sync, clear, wait for a job started elsewhere, cancel.
+"""Airbyte tasks: sync, clear, refresh, wait for a job started elsewhere, cancel.
+
+All of them work over the public API and over the Config API of self-managed servers.
 
 Vendor documentation: https://reference.airbyte.com/reference/getting-started
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Hashable
-from typing import Annotated, Any, Literal
-from uuid import UUID
+from collections.abc import Sequence
+from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    SerializerFunctionWrapHandler,
-    WithJsonSchema,
-    field_serializer,
-    field_validator,
-)
 
 from blocks.airbyte import AirbyteServer
-from blocks.airbyte_model import Connection, Operation
+from blocks.airbyte_model import Connection, RefreshMode, Stream
 from blocks.http import NotFoundError
-from blocks.reference import load_block, stored_block
-from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor, refuse_unless_active
+from blocks.reference import load_block
+from tasks.airbyte_check import airbyte_check, named
+from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
+from tasks.airbyte_model import AirbyteConnections, AirbyteSync, ServerRef
 from tasks.jobs import (
-    Checked,
     InputError,
     JobPolicy,
     JobResult,
+    JobState,
     Tool,
     cancel_job,
     run_job,
     tag_run,
     wait_for_job,
-    watcher_for,
     without_traceback,
 )
 
 __all__ = [
     "TOOL",
+    "AirbyteConnections",
     "AirbyteSync",
     "AirbyteVendor",
     "airbyte_cancel",
     "airbyte_check",
     "airbyte_clear",
+    "airbyte_refresh",
     "airbyte_status",
     "airbyte_sync",
     "airbyte_wait",
 ]
-
-_FEW = 3  # up to so many connections are read one by one: a list would cost as much
-
-ServerRef = Annotated[
-    AirbyteServer | str,
-    # In a form and in a deployment it is the name; instances are for scripts.
-    WithJsonSchema({"type": "string", "description": "Name of a saved Airbyte Server block."}),
-]
-
-
-class AirbyteSync(BaseModel):
-    """A sync of one connection, as a flow takes it."""
-
-    # pydantic's errors quote what they were given, and a server may be given with its secret.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
-
-    tool: Literal["airbyte"] = "airbyte"
-    server: ServerRef = Field(title="Server")
-    connection_id: str = Field(title="Connection ID", description="The UUID in the connection's address.")
-    name: str = Field(default="", title="Name", description="For people; Airbyte's own name by default.")
-    owner: str | None = Field(
-        default=None,
-        title="Owner",
-        description="Who is told of a failure; by default the tag `owner:<name>`.",
-    )
-    policy: JobPolicy = Field(default_factory=JobPolicy, title="Policy")
-
-    @field_validator("connection_id")
-    @classmethod
-    def _is_uuid(cls, value: str) -> str:
-        try:
-            return str(UUID(value))
-        except ValueError:
-            raise ValueError(
-                f"{value!r} is not an Airbyte connection id; that is the UUID in the connection's address"
-            ) from None
-
-    @field_serializer("server", mode="wrap")
-    def _by_name(self, server: AirbyteServer | str, handler: SerializerFunctionWrapHandler) -> Any:
-        # What is stored with a flow run must work in a retry of it, and hold no secret.
-        return stored_block(server, AirbyteServer, handler)
-
-    @property
-    def resource_id(self) -> str:
-        """The connection."""
-        return self.connection_id
-
-    @property
-    def label(self) -> str:
-        """What a person calls it."""
-        return self.name or self.connection_id[:8]
-
-
-# -- checking -----------------------------------------------------------------------------------------------
-
-
-@task(
-    name="airbyte-check", task_run_name="check Airbyte connections", tags=["airbyte"], cache_policy=NO_CACHE
-)
-async def airbyte_check(syncs: list[AirbyteSync]) -> list[Checked[AirbyteSync]]:
-    """Look up the connections of a fan-out before anything is started, a hundred per request.
-
-    Args:
-        syncs: The syncs, of one or more servers.
-
-    Returns:
-        The same syncs with names and owners filled in. An inactive connection carries its `problem`.
-
-    Raises:
-        InputError: A connection does not exist or is named twice. Nothing was started.
-        BlockNotFound: A server is the name of a block that is not saved.
-        VendorError: The server can't be reached or refuses the credentials.
-    """
-    without_traceback()
-    servers: dict[Hashable, AirbyteServer] = {}
-    accounts: list[Hashable] = []
-    for sync in syncs:
-        server = await load_block(AirbyteServer, sync.server)
-        servers[server.account] = server
-        accounts.append(server.account)
-    pairs = list(zip(accounts, (sync.connection_id for sync in syncs), strict=True))
-    if twice := sorted(connection for (_, connection), count in Counter(pairs).items() if count > 1):
-        raise InputError(f"Connection {', '.join(twice)} is listed more than once. Nothing was started.")
-    known: dict[tuple[Hashable, str], Connection] = {}
-    for account, server in servers.items():
-        wanted = [connection for of, connection in pairs if of == account]
-        # What is read here, and the token, serve the syncs that follow on this loop.
-        await watcher_for(AirbyteVendor(server))
-        async with server.connect() as api:
-            if len(wanted) > _FEW:
-                known.update(((account, c.id), c) for c in await api.connections())
-            for connection_id in wanted:
-                if (account, connection_id) not in known:
-                    try:
-                        known[account, connection_id] = await api.connection(connection_id)
-                    except NotFoundError:
-                        continue
-    if unknown := [connection for account, connection in pairs if (account, connection) not in known]:
-        raise InputError(
-            f"Airbyte knows no connection {', '.join(unknown)}, or these credentials may not see it. "
-            "Nothing was started."
-        )
-    return [_checked(sync, known[pair]) for sync, pair in zip(syncs, pairs, strict=True)]
-
-
-def _checked(sync: AirbyteSync, connection: Connection) -> Checked[AirbyteSync]:
-    problem = None
-    try:
-        refuse_unless_active(connection)
-    except InputError as error:
-        problem = str(error)
-    return Checked(
-        _named(sync, connection),
-        namespace=connection.namespace,
-        prefix=connection.prefix or "",
-        streams=tuple(stream.name for stream in connection.streams),
-        problem=problem,
-    )
-
-
-def _named(sync: AirbyteSync, connection: Connection) -> AirbyteSync:
-    return sync.model_copy(
-        update={"name": sync.name or connection.name, "owner": sync.owner or connection.owner}
-    )
-
-
-# -- running ------------------------------------------------------------------------------------------------
 
 
 def _run_name(verb: str) -> Any:
@@ -196,23 +63,53 @@ async def _vendor(server: AirbyteServer | str) -> AirbyteVendor:
     return AirbyteVendor(await load_block(AirbyteServer, server))
 
 
-async def _run(sync: AirbyteSync, operation: Operation) -> JobResult:
+async def _run(
+    sync: AirbyteSync, operation: str, *, mode: RefreshMode = "Merge", streams: Sequence[str] = ()
+) -> JobResult:
     tag_run("airbyte")
     vendor = await _vendor(sync.server)
     async with vendor.session():
         try:
-            sync = _named(sync, await vendor.connection(sync.connection_id))
+            connection = await vendor.connection(sync.connection_id)
         except NotFoundError as error:
             raise InputError(
                 f"Airbyte knows no connection {sync.connection_id}, or these credentials may not see it. "
                 "Nothing was started."
             ) from error
-        name, policy = sync.name, sync.policy
-        if operation != "sync":
-            name = f"{operation} {name}"
-            policy = policy.model_copy(update={"min_rows": None})  # it moves no rows
-        request = AirbyteRequest(sync.connection_id, operation, name, sync.owner)
-        return await run_job(vendor, request, policy)
+        sync = named(sync, connection)
+        if operation == "sync" and sync.before:
+            # A job of its own in the journal: whatever happens in between, a retry does not do it again.
+            cleared = await _job(vendor, sync, sync.before)
+            if cleared.state is JobState.SKIPPED:
+                return cleared
+        return await _job(vendor, sync, operation, mode=mode, streams=_streams(connection, streams))
+
+
+async def _job(
+    vendor: AirbyteVendor,
+    sync: AirbyteSync,
+    operation: str,
+    *,
+    mode: RefreshMode = "Merge",
+    streams: tuple[Stream, ...] = (),
+) -> JobResult:
+    name, policy = sync.name, sync.policy
+    if operation != "sync":
+        name = f"{operation} {name}"
+    if operation in ("clear", "reset"):
+        policy = policy.model_copy(update={"min_rows": None})  # it moves no rows
+    request = AirbyteRequest(sync.connection_id, operation, name, sync.owner, mode, streams)
+    return await run_job(vendor, request, policy)
+
+
+def _streams(connection: Connection, names: Sequence[str]) -> tuple[Stream, ...]:
+    known = {stream.name for stream in connection.streams}
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(
+            f"Airbyte connection {connection.name!r} has no stream {', '.join(unknown)}. "
+            f"It has: {', '.join(sorted(known))}. Nothing was started."
+        )
+    return tuple(stream for stream in connection.streams if stream.name in names)
 
 
 @task(name="airbyte-sync", task_run_name=_run_name("sync"), cache_policy=NO_CACHE)
@@ -220,13 +117,19 @@ async def airbyte_sync(sync: AirbyteSync) -> JobResult:
     """Sync one connection and wait for its end.
 
     Safe to retry: a retry attaches to the job that an earlier attempt started, and one that succeeded is not
-    started again. Follows `POST /jobs` and `GET /jobs` of Airbyte's public API.
+    started again. With `before`, what was loaded is deleted first, by a job of its own that must succeed; it
+    has its own `policy.timeout`. Each of the two is done once, however often the run is retried.
+
+    Follows `POST /jobs` and `GET /jobs` of the public API, or `POST /v1/connections/sync` and
+    `/v1/jobs/get_without_logs` of the Config API.
 
     Args:
         sync: The connection, its server and its policy (times in seconds).
 
     Returns:
-        Rows and bytes committed, the duration in seconds and the job's link.
+        Rows and bytes committed, the duration in seconds and the job's link. Attempts, rejected rows and what
+        became of each stream only over the Config API: the public one does not tell them. A failure's reason
+        is asked of a self-managed server's Config API in either case.
 
     Raises:
         InputError: The connection does not exist or is not active. Nothing was started.
@@ -253,6 +156,32 @@ async def airbyte_clear(sync: AirbyteSync, *, reset: bool = False) -> JobResult:
         InputError, JobFailed, JobCancelled, JobTimeout, VendorError: As `airbyte_sync`.
     """
     return await _run(sync, "reset" if reset else "clear")
+
+
+@task(name="airbyte-refresh", task_run_name=_run_name("refresh"), cache_policy=NO_CACHE)
+async def airbyte_refresh(
+    sync: AirbyteSync, *, mode: RefreshMode = "Merge", streams: Sequence[str] = ()
+) -> JobResult:
+    """Load a connection's streams anew from the source, without its data being away in between.
+
+    Only self-managed servers can do it by API: the job is started through their Config API, also where the
+    block uses the public one. Follows `POST /v1/connections/refresh`.
+
+    Args:
+        sync: The connection, its server and its policy; `before` is not applied.
+        mode: `Merge` keeps what was loaded beside what is loaded now; `Truncate` replaces it in the end.
+        streams: Names of streams; empty for all of them.
+
+    Returns:
+        As `airbyte_sync`.
+
+    Raises:
+        InputError: The connection or a stream does not exist, it is not active, or it is in Airbyte Cloud.
+            Nothing was started.
+        NotFoundError: The server is too old, or has no Config API.
+        JobFailed, JobCancelled, JobTimeout, VendorError: As `airbyte_sync`.
+    """
+    return await _run(sync, "refresh", mode=mode, streams=streams)
 
 
 @task(
@@ -335,4 +264,12 @@ async def airbyte_cancel(server: ServerRef, job_id: str) -> str:
         return await cancel_job(vendor, handle)
 
 
-TOOL = Tool("airbyte", "Airbyte", airbyte_check, airbyte_sync, _vendor, meta="airbyte_connection_id")
+TOOL = Tool(
+    "airbyte",
+    "Airbyte",
+    airbyte_check,
+    airbyte_sync,
+    _vendor,
+    meta="airbyte_connection_id",
+    selections=("airbyte-connections",),
+)

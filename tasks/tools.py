@@ -30,8 +30,12 @@ class Transform:
     vendor: Callable[[str], Awaitable[JobVendor[Any]]] | None = None
 
 
-TOOLS: dict[str, Tool] = {tool.name: tool for tool in (airbyte.TOOL, fivetran.TOOL, hightouch.TOOL)}
-"""The tools whose jobs a flow runs, by name."""
+TOOLS: dict[str, Tool] = {
+    word: tool
+    for tool in (airbyte.TOOL, fivetran.TOOL, hightouch.TOOL)
+    for word in (tool.name, *tool.selections)
+}
+"""The tools whose jobs a flow runs, by what is written as `tool`."""
 
 TRANSFORMS: dict[str, Transform] = {
     transform.name: transform

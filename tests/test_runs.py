@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
-from uuid import UUID
 
 import pytest
 from prefect import flow
-from prefect.client.orchestration import get_client
-from prefect.states import AwaitingRetry
 
 from tasks.airbyte import AirbyteSync, AirbyteVendor, airbyte_clear, airbyte_sync
 from tasks.jobs import JobFailed, JobPolicy, JobResult, JobState, read_entries, run_job
-from tests.crash_flows import one_sync, run_again
+from tests.crash_flows import killed, run_again
 from tests.jobs_fixtures import PREFECTS_SOCKETS, Desk, collected, desk, until
 
 __all__ = ["collected", "desk"]
@@ -37,30 +27,6 @@ def sync(desk: Desk) -> AirbyteSync:
 
 
 # -- killed
-
-
-@asynccontextmanager
-async def killed(desk: Desk) -> AsyncIterator[UUID]:
-    """A flow run of one sync in a process of its own, which is killed when the body is done."""
-    await desk.vendor._server.save("crash", overwrite=True)  # type: ignore[misc]  # async in an async context
-    async with get_client() as client:
-        flow_run = await client.create_flow_run(
-            one_sync, parameters={"server": "crash", "connection_id": desk.connection_id}
-        )
-    process = subprocess.Popen(  # noqa: ASYNC220, S603 - it returns at once
-        [sys.executable, str(Path(__file__).with_name("crash_flows.py")), str(flow_run.id)],
-        cwd=Path(__file__).parent.parent,
-        env={**os.environ, "PYTHONPATH": "."},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        yield flow_run.id
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    async with get_client() as client:
-        await client.set_flow_run_state(flow_run.id, AwaitingRetry(), force=True)
 
 
 async def test_killed_in_mid_sync(desk: Desk) -> None:

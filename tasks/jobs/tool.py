@@ -73,6 +73,7 @@ class Tool:
         run: A task that runs one request to its end.
         vendor: Makes the vendor from the name of a saved block, for a hook in another process.
         meta: The `meta` key with which a dbt source or exposure names the resource.
+        selections: Words in `tool` of parameters that stand for many requests, which `check` takes as well.
     """
 
     name: str
@@ -81,3 +82,4 @@ class Tool:
     run: Task[[Any], Coroutine[Any, Any, JobResult]]
     vendor: Callable[[str], Awaitable[JobVendor[Any]]]
     meta: str
+    selections: tuple[str, ...] = ()
