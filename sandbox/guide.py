@@ -32,8 +32,9 @@ def guide(sandbox: Sandbox) -> str:
     return f"""\
 The sandbox is at {sandbox.url}  (everything below is invented; the credentials open nothing else)
 
-Airbyte, Public API v1
+Airbyte, Public API v1 and Config API
     base URL       {sandbox.airbyte_url}
+    Config API     {sandbox.airbyte_config_url}
     client id      {catalog.CLIENT_ID}
     client secret  {catalog.CLIENT_SECRET}
     workspace      {catalog.WORKSPACE_ID}  "{catalog.WORKSPACE_NAME}"
@@ -78,8 +79,9 @@ Look
 Make trouble
     the weather sync fails, once:
       curl -X PATCH {control}/connections/weather -d '{{"outcome":"fail","times":1}}'
-      outcomes: succeed fail cancel incomplete_then_succeed stuck zero_rows unknown_word;
-      also: duration, queued_seconds, visibility_delay (seconds), status (active, inactive)
+      outcomes: succeed fail cancel incomplete_then_succeed partial stuck zero_rows unknown_word;
+      also: duration, queued_seconds, visibility_delay (seconds), status (active, inactive),
+      attempts, reason, rejected (rows), tags
     the CRM sync rejects some rows:
       curl -X PATCH {control}/syncs/101 -d '{{"outcome":"warn"}}'
     the source of a Fivetran connection has no quota left, once:
@@ -99,6 +101,8 @@ Make trouble
       curl {control}/outage -d '{{"seconds":20}}'
     tokens live for 3 seconds:
       curl -X PATCH {control}/settings -d '{{"airbyte":{{"token_seconds":3}}}}'
+    Airbyte is a server of 2023, with the Config API alone:
+      curl -X PATCH {control}/settings -d '{{"airbyte":{{"age":"2023","apis":"config","auth":"basic"}}}}'
     peace again:
       curl -X DELETE {control}/faults
 """
