@@ -3,5 +3,6 @@
 from blocks.airbyte import AirbyteServer
 from blocks.fivetran import FivetranCredentials
 from blocks.hightouch import HightouchCredentials
+from blocks.pagerduty import PagerDutyRouting
 
-__all__ = ["AirbyteServer", "FivetranCredentials", "HightouchCredentials"]
+__all__ = ["AirbyteServer", "FivetranCredentials", "HightouchCredentials", "PagerDutyRouting"]

@@ -219,6 +219,17 @@ WEBHOOKS = {
     "weather-desk": ("B0WEATHERDESK", "sandboxWeatherDesk0003"),
     "reference-data": ("B0REFERENCE", "sandboxReferenceData0004"),
 }
+CHANNEL_IDS = {name: f"C0SANDBOX{number:02}" for number, name in enumerate(WEBHOOKS, 1)}
+# What the Web API takes for a channel: its id or its name.
+CHANNEL_NAMES = {name: name for name in WEBHOOKS} | {id_: name for name, id_ in CHANNEL_IDS.items()}
+SLACK_TOKEN = "xoxb-sandbox-bot-token"  # noqa: S105 - published, as all here
+
+# service -> the key of its Events API integration
+PAGERDUTY_KEYS = {
+    "data-platform": "R0SANDBOX0DATAPLATFORM0000000001",
+    "flight-ops": "R0SANDBOX0FLIGHTOPS0000000000002",
+    "weather-desk": "R0SANDBOX0WEATHERDESK00000000003",
+}
 
 
 def tag_id(name: str) -> str:

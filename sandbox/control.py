@@ -60,6 +60,7 @@ class _Settings(_Body):
     dbt_cloud: dict[str, Any] = Field(default_factory=dict)
     fivetran: dict[str, Any] = Field(default_factory=dict)
     slack: dict[str, Any] = Field(default_factory=dict)
+    pagerduty: dict[str, Any] = Field(default_factory=dict)
 
 
 class Control:
@@ -100,6 +101,8 @@ class Control:
             _route("/slack/messages", self.get_messages, "GET"),
             _route("/slack/messages", self.delete_messages, "DELETE"),
             _route("/slack/channels/{channel}", self.patch_channel, "PATCH"),
+            _route("/pagerduty/alerts", self.get_alerts, "GET"),
+            _route("/pagerduty/alerts", self.delete_alerts, "DELETE"),
         ]
 
     # -- what happened --
@@ -130,6 +133,7 @@ class Control:
             "dbt_runs": len(box.dbt_cloud.runs),
             "fivetran_syncs": {c.schema: len(c.syncs) for c in list(box.fivetran.connections.values())[:50]},
             "messages": len(box.slack.messages),
+            "alerts": len(box.pagerduty.open_of()),
             "requests": len(box.requests),
             "faults": box.faults.listing(),
         }
@@ -179,6 +183,16 @@ class Control:
     async def delete_messages(self, request: Request) -> dict[str, Any]:
         """DELETE /slack/messages: forget them."""
         self.sandbox.slack.clear()
+        return {}
+
+    async def get_alerts(self, request: Request) -> dict[str, Any]:
+        """GET /pagerduty/alerts: every alert with its events, oldest first, and what was dropped."""
+        pagerduty = self.sandbox.pagerduty
+        return {"data": [alert.reply() for alert in pagerduty.alerts], "dropped": pagerduty.dropped}
+
+    async def delete_alerts(self, request: Request) -> dict[str, Any]:
+        """DELETE /pagerduty/alerts: forget them."""
+        self.sandbox.pagerduty.clear()
         return {}
 
     # -- what shall go wrong --

@@ -162,7 +162,9 @@ def _chain(stage: Stage) -> Any:
             HightouchSync(credentials="hightouch", sync_id=str(spec.sync_id), name=spec.slug)
             for spec in catalog.SYNCS
         ],
-        notify=SlackNotify(webhook=catalog.DEFAULT_CHANNEL, owners={name: name for name in catalog.OWNERS}),
+        notify=[
+            SlackNotify(webhook=catalog.DEFAULT_CHANNEL, owners={name: name for name in catalog.OWNERS}),
+        ],
         allow_failure="any",
     )
 

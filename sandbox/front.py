@@ -23,6 +23,8 @@ _VENDORS = (
     ("/services/", "slack"),
     ("/api/v2/", "dbt_cloud"),
     ("/fivetran/v1/", "fivetran"),
+    ("/slack/api/", "slack"),
+    ("/pagerduty/v2/", "pagerduty"),
 )
 _AFTER_THE_VENDOR = ("drop_after", "cut", "truncated_json", "null_fields")
 

@@ -29,6 +29,8 @@ def guide(sandbox: Sandbox) -> str:
         for spec in catalog.DBT_JOBS
     )
     webhooks = "\n".join(f"    {name:<15} {sandbox.slack_url(name)}" for name in catalog.WEBHOOKS)
+    services = "\n".join(f"    {name:<15} {key}" for name, key in catalog.PAGERDUTY_KEYS.items())
+    channels = ", ".join(f"{name} ({id_})" for name, id_ in catalog.CHANNEL_IDS.items())
     return f"""\
 The sandbox is at {sandbox.url}  (everything below is invented; the credentials open nothing else)
 
@@ -63,6 +65,14 @@ dbt Cloud, Administrative API v2
 
 Slack, incoming webhooks
 {webhooks}
+Slack, Web API (chat.postMessage, chat.update)
+    API URL        {sandbox.slack_api_url}
+    bot token      {catalog.SLACK_TOKEN}
+    channels       {channels}
+
+PagerDuty, Events API v2, by service and integration key
+    base URL       {sandbox.pagerduty_url}
+{services}
 
 Warehouse (DuckDB, opened only while a job works)
     {sandbox.warehouse.path}
@@ -75,6 +85,8 @@ Look
     Fivetran's syncs  curl {control}/fivetran/connections
     dbt Cloud's runs  curl {control}/dbt/runs
     what was posted   curl {control}/slack/messages
+    who was paged     curl {control}/pagerduty/alerts
+    as pages          {sandbox.url}/slack and {sandbox.url}/pagerduty
 
 Make trouble
     the weather sync fails, once:

@@ -34,6 +34,8 @@ class Pages:
             Route("/", self.home),
             Route("/workspaces/{workspace}/connections/{connection}", self.connection),
             Route("/workspaces/{workspace}/connections/{connection}/{rest:path}", self.connection),
+            Route("/slack", self.slack),
+            Route("/pagerduty", self.pagerduty),
             Route("/hightouch/{workspace}/syncs/{sync}", self.sync),
             Route("/hightouch/{workspace}/syncs/{sync}/runs/{run}", self.sync),
             Route("/fivetran/dashboard/connectors/{connection}/status", self.fivetran),
@@ -107,6 +109,23 @@ class Pages:
         )
         about = f"<p>Status: {run.status}. Cause: {escape(run.cause)}</p>"
         return _page(f"dbt Cloud run {run.run_id} of {run.job.name}", about + steps)
+
+    async def slack(self, request: Request) -> Response:
+        """What was posted, newest first, replies with the time of what they answer."""
+        rows: list[list[object]] = [
+            [iso(message.time), message.channel, message.thread_ts or "", message.full_text]
+            for message in reversed(list(self.sandbox.slack.messages))
+        ]
+        return _page("Slack", _table(["posted", "channel", "in thread", "text"], rows, None))
+
+    async def pagerduty(self, request: Request) -> Response:
+        """The alerts, newest first."""
+        rows: list[list[object]] = [
+            [iso(a.opened), a.service, a.state, a.severity, len(a.triggers), a.dedup_key, a.summary]
+            for a in reversed(list(self.sandbox.pagerduty.alerts))
+        ]
+        heads = ["opened", "service", "state", "severity", "triggers", "dedup key", "summary"]
+        return _page("PagerDuty", _table(heads, rows, None))
 
 
 def _table(heads: list[str], rows: list[list[object]], marked: str | None) -> str:

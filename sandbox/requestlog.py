@@ -11,7 +11,7 @@ from urllib.parse import parse_qsl
 
 import orjson
 
-_SECRET = re.compile(r"secret|password|token|api_?key|authorization", re.IGNORECASE)
+_SECRET = re.compile(r"secret|password|token|api_?key|routing_?key|authorization", re.IGNORECASE)
 _WEBHOOK = re.compile(r"^(/services/[^/]+/[^/]+)/.+$")
 _HIDDEN = "***"
 

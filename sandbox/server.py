@@ -25,7 +25,9 @@ from sandbox import (
     dbt_cloud_api,
     fivetran_api,
     hightouch_api,
+    pagerduty,
     pages,
+    slack_chat,
 )
 from sandbox.airbyte import Airbyte
 from sandbox.airbyte_door import Door
@@ -34,6 +36,7 @@ from sandbox.faults import FaultBook
 from sandbox.fivetran import Fivetran
 from sandbox.front import Front
 from sandbox.hightouch import Hightouch
+from sandbox.pagerduty import PagerDuty
 from sandbox.requestlog import RequestLog
 from sandbox.slack import Slack
 from sandbox.warehouse import Warehouse
@@ -88,6 +91,7 @@ class Sandbox:
         self.dbt_cloud = DbtCloud(self.warehouse, job_seconds)
         self.fivetran = Fivetran(self.warehouse, job_seconds)
         self.slack = Slack()
+        self.pagerduty = PagerDuty()
         self.requests = RequestLog()
         self.faults = FaultBook()
         self._state = ServerState()
@@ -117,6 +121,8 @@ class Sandbox:
                 *dbt_cloud_api.DbtCloudApi(self.dbt_cloud).routes(),
                 *fivetran_api.FivetranApi(self.fivetran).routes(),
                 *self.slack.routes(),
+                *slack_chat.SlackChat(self.slack).routes(),
+                *self.pagerduty.routes(),
                 *control.Control(self).routes(),
                 *pages.Pages(self).routes(),
             ]
@@ -162,6 +168,16 @@ class Sandbox:
         """
         webhook, secret = catalog.WEBHOOKS[channel]
         return f"{self.url}/services/{catalog.SLACK_TEAM}/{webhook}/{secret}"
+
+    @property
+    def slack_api_url(self) -> str:
+        """The base URL of Slack's Web API."""
+        return f"{self.url}{slack_chat.PREFIX}/"
+
+    @property
+    def pagerduty_url(self) -> str:
+        """The base URL of PagerDuty's Events API."""
+        return f"{self.url}{pagerduty.PREFIX}"
 
     # -- life --
 

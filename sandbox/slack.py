@@ -1,4 +1,7 @@
-"""Slack's side of the stage: incoming webhooks that keep what was posted, to be read by people and tests."""
+"""Slack's side of the stage: channels that keep what was posted, to be read by people and tests.
+
+Here are the channels and their incoming webhooks; the Web API is in `slack_chat.py`.
+"""
 
 from __future__ import annotations
 
@@ -47,6 +50,10 @@ class Message:
     blocks: list[dict[str, Any]]
     attachments: list[dict[str, Any]]
     time: float  # epoch seconds
+    ts: str | None = None  # Slack's id of it; a webhook is not told
+    thread_ts: str | None = None
+    earlier: tuple[str, ...] = ()  # what it said before it was changed
+    by_webhook: bool = False
 
     @property
     def full_text(self) -> str:
@@ -63,10 +70,28 @@ class Slack:
         self.errors: dict[str, ChannelError] = {}
         self._by_webhook = {(webhook, secret): name for name, (webhook, secret) in catalog.WEBHOOKS.items()}
         self._recent: dict[str, deque[float]] = {name: deque() for name in catalog.WEBHOOKS}
+        self._last_ts = 0
 
     def sent_to(self, channel: str) -> list[Message]:
         """The messages of a channel, oldest first."""
         return [message for message in self.messages if message.channel == channel]
+
+    def thread(self, ts: str | None) -> list[Message]:
+        """The replies to a message, oldest first."""
+        return [message for message in self.messages if ts is not None and message.thread_ts == ts]
+
+    def find(self, channel: str, ts: str) -> Message | None:
+        """The message of this channel with this `ts`."""
+        return next((message for message in self.sent_to(channel) if message.ts == ts), None)
+
+    def delete(self, ts: str) -> None:
+        """What a person does with a message they no longer want to see."""
+        self.messages[:] = [message for message in self.messages if message.ts != ts]
+
+    def new_ts(self) -> str:
+        """An id as Slack has them: seconds and microseconds, no two alike."""
+        self._last_ts = max(self._last_ts + 1, int(time.time() * 1e6))
+        return f"{self._last_ts // 1_000_000}.{self._last_ts % 1_000_000:06d}"
 
     def break_channel(self, channel: str, error: ChannelError | None) -> None:
         """Answer every post to a channel with this error; None heals it.
@@ -99,13 +124,13 @@ class Slack:
             return _text("invalid_token", 403) if known else _text("no_service", 404)
         if (error := self.errors.get(channel)) is not None:
             return _text(error, _STATUS[error])
-        if self._too_fast(channel):
+        if self.too_fast(channel):
             return Response("rate_limited", 429, {"retry-after": "1"}, "text/plain")
         payload = await _payload(request)
         if payload is None:
             return _text("invalid_payload", 400)
-        if (refusal := _refusal(payload)) is not None:
-            return _text(refusal, 400)
+        if (word := refusal(payload)) is not None:
+            return _text(word, 400)
         self.messages.append(
             Message(
                 channel=channel,
@@ -113,11 +138,14 @@ class Slack:
                 blocks=payload.get("blocks") or [],
                 attachments=payload.get("attachments") or [],
                 time=time.time(),
+                ts=self.new_ts(),
+                by_webhook=True,
             )
         )
         return _text("ok", 200)
 
-    def _too_fast(self, channel: str) -> bool:
+    def too_fast(self, channel: str) -> bool:
+        """Whether a message more is one too many, counted as one if it is not."""
         limit = self.settings.messages_per_second
         if limit is None:
             return False
@@ -142,7 +170,7 @@ async def _payload(request: Request) -> dict[str, Any] | None:
     return parsed if isinstance(parsed, dict) else None
 
 
-def _refusal(payload: dict[str, Any]) -> str | None:
+def refusal(payload: dict[str, Any]) -> str | None:
     """Slack's word for what is wrong with a message, None when nothing is."""
     text, blocks = payload.get("text"), payload.get("blocks") or []
     if text is not None and not isinstance(text, str):

@@ -209,9 +209,9 @@ class Stage:
     def save_blocks(self) -> None:
         """Save the blocks that flows and deployments name: the vendors' accounts and the Slack channels."""
         from prefect_dbt.cloud import DbtCloudCredentials
-        from prefect_slack import SlackWebhook
+        from prefect_slack import SlackCredentials, SlackWebhook
 
-        from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials
+        from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials, PagerDutyRouting
 
         AirbyteServer(
             base_url=f"{self.sandbox_url}/api/public/v1",
@@ -237,6 +237,11 @@ class Stage:
         for channel, (webhook_id, secret) in catalog.WEBHOOKS.items():
             url = f"{self.sandbox_url}/services/{catalog.SLACK_TEAM}/{webhook_id}/{secret}"
             SlackWebhook(url=url).save(channel, overwrite=True)
+        SlackCredentials(token=catalog.SLACK_TOKEN).save("slack", overwrite=True)
+        for service, key in catalog.PAGERDUTY_KEYS.items():
+            PagerDutyRouting(routing_key=key, base_url=f"{self.sandbox_url}/pagerduty/v2").save(
+                service, overwrite=True
+            )
 
 
 def _port(url: str) -> int:

@@ -13,13 +13,24 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
-from prefect_slack import SlackWebhook
+from prefect_slack import SlackCredentials, SlackWebhook
 
-from blocks import AirbyteServer, HightouchCredentials
+from blocks import AirbyteServer, HightouchCredentials, PagerDutyRouting
 from sandbox import Sandbox, catalog
 from tests.sandbox_fixtures import IDS, box, sources
 
-__all__ = ["IDS", "Runs", "box", "runs", "save_blocks", "sources", "starts", "sync_parameters", "task_runs"]
+__all__ = [
+    "IDS",
+    "Runs",
+    "box",
+    "forget_incidents",
+    "runs",
+    "save_blocks",
+    "sources",
+    "starts",
+    "sync_parameters",
+    "task_runs",
+]
 
 
 def save_blocks(box: Sandbox) -> None:
@@ -32,6 +43,9 @@ def save_blocks(box: Sandbox) -> None:
     )
     for channel in catalog.WEBHOOKS:
         SlackWebhook(url=box.slack_url(channel)).save(channel, overwrite=True)
+    SlackCredentials(token=catalog.SLACK_TOKEN).save("slack", overwrite=True)
+    for service, key in catalog.PAGERDUTY_KEYS.items():
+        PagerDutyRouting(routing_key=key, base_url=box.pagerduty_url).save(service, overwrite=True)
 
 
 def sync_parameters(*names: str, **policy: Any) -> list[dict[str, Any]]:
@@ -66,8 +80,17 @@ class Runs:
         return state
 
 
+def forget_incidents() -> None:
+    """Close what other tests have left open: the server is one for all."""
+    with get_client(sync_client=True) as client:
+        while found := [v for v in client.read_variables(limit=200) if v.name.startswith("elt-incident-")]:
+            for variable in found:
+                client.delete_variable_by_name(variable.name)
+
+
 @pytest.fixture
 def runs(box: Sandbox) -> Runs:
+    forget_incidents()
     save_blocks(box)
     return Runs()
 
