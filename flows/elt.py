@@ -1,7 +1,7 @@
 """The whole chain as one run: syncs, then the dbt build, then activations, then the people.
 
-For the daily load, and for a load that an event asks for. Its blocks: one per account of each tool, and a
-Slack Incoming Webhook per channel.
+For the daily load, and for a load that an event asks for. Its blocks: one per account of each tool, and for
+whom to tell Slack Incoming Webhooks, Slack Credentials or PagerDuty Routings.
 """
 
 # No `from __future__ import annotations` here: `serve()` sends the flow to its process as a pickle, in which
@@ -14,6 +14,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from pydantic import Field
 
+from flows.alerts import Telling, tell_of_end
 from flows.fan_out import (
     KNOWN_ERRORS,
     Checking,
@@ -29,24 +30,29 @@ from flows.fan_out import (
 )
 from flows.gate import Gate
 from flows.own_steps import run_after, run_before
-from flows.parameters import Activation, Notify, OwnStep, Sync, Transform
+from flows.parameters import Activation, NotifyList, OwnStep, Sync, Transform
 from flows.picture import picture
-from flows.report import EltReport, Step, StepState, messages
+from flows.report import EltReport, Step, StepState
 from flows.rules import AllowFailure, check_rule
 from tasks.cancellation import cancel_open_jobs
 from tasks.dbt.model import DbtBuildFailed, DbtNode, DbtPlan, DbtResult
 from tasks.jobs import Checked, EventLoopTaskRunner, limit_concurrency
-from tasks.slack import slack_check, slack_message
 from tasks.steps import check_steps
 from tasks.tools import TRANSFORMS
 
 
-@flow(name="elt-chain", task_runner=EventLoopTaskRunner(), on_cancellation=[cancel_open_jobs])
+@flow(
+    name="elt-chain",
+    task_runner=EventLoopTaskRunner(),
+    on_cancellation=[cancel_open_jobs],
+    on_crashed=[tell_of_end],
+    on_failure=[tell_of_end],
+)
 def elt_chain(
     syncs: list[Sync],
     transform: Transform | None = None,
     activations: list[Activation] = [],  # noqa: B006 - never changed; a form shows it as an empty list
-    notify: Notify | None = None,
+    notify: NotifyList = [],  # noqa: B006
     allow_failure: AllowFailure = "none",
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
     before: list[OwnStep] = [],  # noqa: B006 - as above
@@ -62,7 +68,7 @@ def elt_chain(
         syncs: The connections, each with its tool, account, owner and policy.
         transform: The dbt project, and what to build of it.
         activations: What runs after it, each with its tool, account, owner and policy.
-        notify: Who is told on Slack.
+        notify: Who is told of what fails and of its recovery, on Slack and PagerDuty.
         allow_failure: How much failure the run may bear: `none`, `any`, `{"at_most": n}` or
             `{"required": [ids or names]}`. Only the final state depends on it.
         max_concurrency: How many tasks may run at the same time.
@@ -80,23 +86,23 @@ def elt_chain(
     """
     limit_concurrency(max_concurrency)
     began = datetime.now(UTC)
+    telling = Telling(notify)
     try:
         # All at the same time; whichever finds something, nothing has been started yet.
         refuse_no_syncs(syncs)
         checking, checking_activations = Checking(syncs), Checking(activations)
         planning = submit(TRANSFORMS[transform.tool].plan, transform) if transform else None
-        webhooks = submit(slack_check, notify) if notify else None
         own_steps = submit(check_steps, [*before, *after]) if before or after else None
         checked = checking.result(allow_failure)
         plan = planning.result() if planning else None
         checked_activations = checking_activations.result(allow_failure)
-        if webhooks:
-            webhooks.result()
+        telling.checked()
         if own_steps:
             own_steps.result()
         jobs_asked_for = [found.request for found in (*checked, *checked_activations)]
         check_rule(allow_failure, ids_and_names([*before, *jobs_asked_for, *after]))
     except KNOWN_ERRORS as error:
+        telling.refused(error)
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
 
     steps, trouble = run_before(before)
@@ -108,8 +114,7 @@ def elt_chain(
     steps += run_after(after, steps)
     report = conclude(report.model_copy(update={"steps": steps}), allow_failure, began=began)
     publish(report, "elt-report")
-    if notify:
-        _tell(notify, report)
+    telling.ended(report)
     return final_state(report)  # type: ignore[no-any-return]
 
 
@@ -152,7 +157,8 @@ def _transform(dbt: Transform, plan: DbtPlan, gate: Gate) -> tuple[Step, list[Db
     held = gate.why_not_transform()
     if held:
         gate.transform_trouble = held
-        return _transform_step(dbt, plan, StepState.HELD, held), []
+        step = _transform_step(dbt, plan, StepState.HELD, held)
+        return step.model_copy(update={"because": gate.causes_of()}), []
     exclude = gate.exclude
     if exclude:
         get_run_logger().warning("dbt builds without %s", ", ".join(exclude))
@@ -161,8 +167,9 @@ def _transform(dbt: Transform, plan: DbtPlan, gate: Gate) -> tuple[Step, list[Db
     if isinstance(found, DbtBuildFailed):
         found = found.result
     if not isinstance(found, DbtResult):
-        gate.transform_trouble = "dbt did not run"
-        return _transform_step(dbt, plan, StepState.FAILED, str(found)), []
+        step = _transform_step(dbt, plan, StepState.FAILED, str(found))
+        gate.transform_trouble, gate.transform_key = "dbt did not run", step.key
+        return step, []
     gate.built(found.nodes)
     state = StepState.FAILED if found.failed else StepState.PARTIAL if exclude else StepState.SUCCEEDED
     message = found.message
@@ -198,14 +205,7 @@ def _activate(activations: Sequence[Checked[Any]], gate: Gate) -> list[Step]:
     for found, why in zip(activations, reasons, strict=True):
         if why:
             get_run_logger().warning("held back: %s, because %s", found.request.label, why)
-            steps.append(Step.held("activation", found.request, why))
+            steps.append(Step.held("activation", found.request, why, gate.causes_of(found.request)))
         else:
             steps.append(Step.of_job("activation", next(done)))
     return steps
-
-
-def _tell(notify: Notify, report: EltReport) -> None:
-    """Tell the owners. What can't be delivered is in the log and changes nothing."""
-    for message in messages(report, always=notify.on == "always"):
-        webhook = notify.owners.get(message.owner or "", notify.webhook)
-        submit(slack_message, webhook, message.text, to=message.owner or "everybody").wait()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from flows.report import Step
+from flows.report import Step, node_key
 from tasks.dbt.lineage import LineageNode, listed
 from tasks.dbt.model import DbtNode, DbtPlan, DbtState
 from tasks.jobs import Checked, JobResult, Parameters
@@ -31,6 +31,7 @@ class Gate:
     failed_nodes: list[str] = field(default_factory=list)
     skipped_nodes: list[str] = field(default_factory=list)
     transform_trouble: str | None = None
+    transform_key: str | None = None
 
     def __post_init__(self) -> None:
         self._sources: dict[tuple[str, str], set[str]] = {}
@@ -121,3 +122,15 @@ class Gate:
             key = TOOLS[activation.tool].meta
             return f"{trouble}, and no dbt exposure says what this is built on (meta.{key})"
         return None
+
+    def causes_of(self, activation: Parameters | None = None) -> list[str]:
+        """Keys of the steps and nodes for which an activation, or the transform, is held back."""
+        late, failed = self.late, self.failed_nodes
+        exposure = self.exposure_of(activation) if activation else None
+        if self.plan and exposure and not self.transform_trouble:
+            lineage = self.plan.lineage
+            above = lineage.upstream([exposure.unique_id])
+            late = [job for job in late if above & self.sources_of(job)]
+            failed = [node for node in failed if above & lineage.tainted([node])]
+        keys = [f"{job.vendor}/{job.resource_id}" for job in late]
+        return [*keys, *map(node_key, failed), *([self.transform_key] if self.transform_key else [])]

@@ -4,19 +4,20 @@ In a deployment and in a form `tool` is written out; in Python the class says it
 """
 
 # No `from __future__ import annotations` here: see flows/elt.py.
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from tasks.airbyte import AirbyteConnections, AirbyteSync
 from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
 from tasks.fivetran import FivetranSync
 from tasks.hightouch import HightouchSync
-from tasks.slack import SlackNotify
+from tasks.pagerduty import PagerDutyNotify
+from tasks.slack import SlackChannel, SlackNotify
 from tasks.steps import OwnStep
 
-__all__ = ["Activation", "Notify", "OwnStep", "Sync", "Transform"]
+__all__ = ["Activation", "Notify", "NotifyList", "OwnStep", "Sync", "Transform"]
 
 Sync = Annotated[AirbyteSync | AirbyteConnections | FivetranSync, Field(discriminator="tool")]
 """What loads a connection, or connections by tag."""
@@ -27,5 +28,15 @@ Transform = Annotated[DbtCore | DbtCloud, Field(discriminator="tool")]
 Activation = HightouchSync
 """What sends models on to where they are used."""
 
-Notify = SlackNotify
+Notify = Annotated[SlackNotify | SlackChannel | PagerDutyNotify, Field(discriminator="tool")]
 """Who is told."""
+
+
+def _many(given: Any) -> Any:
+    if given is None:
+        return []
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
+NotifyList = Annotated[list[Notify], BeforeValidator(_many)]
+"""All who are told; in Python one may be given alone."""

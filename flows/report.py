@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal
@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.dbt.model import DbtNode
 from tasks.jobs import JobResult, Request
-from tasks.slack import escape
 
 
 class StepState(StrEnum):
@@ -58,6 +57,12 @@ class Step(BaseModel):
     url: str | None = None
     message: str | None = None
     tolerated: bool = False
+    because: list[str] = Field(default=[], description="Keys of what it waits for; none: all that failed.")
+
+    @property
+    def key(self) -> str:
+        """What it is a step of, the same in every run."""
+        return f"{self.tool}/{self.resource_id}"
 
     @classmethod
     def of_job(cls, kind: Kind, job: JobResult) -> Step:
@@ -79,8 +84,15 @@ class Step(BaseModel):
         return cls(kind=kind, tool=job.vendor, state=StepState(job.state.value), **fields)
 
     @classmethod
-    def held(cls, kind: Kind, request: Request, why: str) -> Step:
-        """The step of a request that was not started."""
+    def held(cls, kind: Kind, request: Request, why: str, because: Sequence[str] = ()) -> Step:
+        """The step of a request that was not started.
+
+        Args:
+            kind: Where in the chain it is.
+            request: What was asked for.
+            why: Why not, in words.
+            because: Keys of the steps and nodes that it waits for; none: of all that failed.
+        """
         return cls(
             kind=kind,
             tool=request.tool,
@@ -89,6 +101,7 @@ class Step(BaseModel):
             owner=request.owner,
             state=StepState.HELD,
             message=why,
+            because=list(because),
         )
 
     @property
@@ -113,6 +126,11 @@ class Step(BaseModel):
         return f"{_MARKS[self.state]} {self.name}: " + ", ".join(
             [self.state.value.lower(), *(part for part in parts if part)]
         )
+
+
+def node_key(unique_id: str) -> str:
+    """The key of a dbt node, beside those of steps."""
+    return f"dbt/{unique_id}"
 
 
 class Report(BaseModel):
@@ -305,46 +323,3 @@ def _held_nodes(held: dict[str, str]) -> str:
     for reason, names in by_reason.items():
         lines.append(f"- {reason}: " + ", ".join(f"`{name}`" for name in sorted(names)))
     return "\n".join(lines)
-
-
-# -- messages ------------------------------------------------------------------------------------------
-
-
-class Message(BaseModel):
-    """A message to one owner, or to everybody where there is none."""
-
-    model_config = ConfigDict(frozen=True)
-
-    owner: str | None
-    text: str
-
-
-def messages(report: EltReport, *, always: bool) -> list[Message]:
-    """Who is told what: the owner of what failed, and nobody else; a summary when all went well.
-
-    Args:
-        report: The report.
-        always: Whether a run without failures is told.
-    """
-    troubles: dict[str | None, list[str]] = {}
-    for step in report.failed:
-        if step.kind == "transform" and (nodes := [n for n in report.nodes if n.state in ("fail", "error")]):
-            for node in nodes:
-                line = f"✗ dbt {escape(node.label)}: {escape(node.message or node.state.value)}"
-                troubles.setdefault(node.owner or step.owner, []).append(line)
-        else:
-            link = f" <{step.url}|job {step.job_id}>" if step.url else ""
-            reason = escape(step.message or step.state.value.lower())
-            troubles.setdefault(step.owner, []).append(f"✗ {step.tool} *{escape(step.name)}*: {reason}{link}")
-    run = escape(report.flow_run_name or "the run")
-    link = f"<{report.flow_run_url}|{run}>" if report.flow_run_url else run
-    if not troubles:
-        if not always:
-            return []
-        lines = [f"*{report.ending}* {link}", *(escape(step.line) for step in report.steps)]
-        return [Message(owner=None, text="\n".join(lines))]
-    held = [f"○ held back: *{escape(s.name)}* ({escape(s.message or '')})" for s in report.held]
-    return [
-        Message(owner=owner, text="\n".join([f"*{report.ending}* {link}", *lines, *held]))
-        for owner, lines in troubles.items()
-    ]

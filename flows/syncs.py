@@ -12,6 +12,7 @@ from typing import Annotated
 from prefect import flow
 from pydantic import Field
 
+from flows.alerts import Telling, tell_of_end
 from flows.fan_out import (
     KNOWN_ERRORS,
     Checking,
@@ -24,18 +25,25 @@ from flows.fan_out import (
     run_each,
     steps_of,
 )
-from flows.parameters import Sync
+from flows.parameters import NotifyList, Sync
 from flows.report import SyncReport
 from flows.rules import AllowFailure, check_rule
 from tasks.cancellation import cancel_open_jobs
 from tasks.jobs import EventLoopTaskRunner, limit_concurrency
 
 
-@flow(name="sync-connections", task_runner=EventLoopTaskRunner(), on_cancellation=[cancel_open_jobs])
+@flow(
+    name="sync-connections",
+    task_runner=EventLoopTaskRunner(),
+    on_cancellation=[cancel_open_jobs],
+    on_crashed=[tell_of_end],
+    on_failure=[tell_of_end],
+)
 def sync_connections(
     syncs: list[Sync],
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
     allow_failure: AllowFailure = "none",
+    notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
 ) -> SyncReport:
     """Sync connections, each as a task run of its own; one that fails stops none of the others.
 
@@ -46,6 +54,7 @@ def sync_connections(
         max_concurrency: How many may run at the same time.
         allow_failure: How much failure the run may bear: `none`, `any`, `{"at_most": n}` or
             `{"required": [ids or names]}`. Only the final state depends on it: all connections are synced.
+        notify: Who is told of what fails and of its recovery, on Slack and PagerDuty.
 
     Returns:
         One outcome per connection. The run is Completed if all succeeded, and PartiallyRefreshed (a
@@ -57,14 +66,18 @@ def sync_connections(
     """
     limit_concurrency(max_concurrency)
     began = datetime.now(UTC)
+    telling = Telling(notify)
     try:
         refuse_no_syncs(syncs)
         checked = Checking(syncs).result(allow_failure)
+        telling.checked()
         check_rule(allow_failure, ids_and_names(found.request for found in checked))
     except KNOWN_ERRORS as error:
+        telling.refused(error)
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
     outcomes = run_each(checked)
     report = SyncReport(outcomes=outcomes, steps=steps_of(outcomes))
     report = conclude(report, allow_failure, began=began)
     publish(report, "sync-report")
+    telling.ended(report)
     return final_state(report)  # type: ignore[no-any-return]

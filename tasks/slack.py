@@ -1,44 +1,67 @@
-"""Slack task: post a message through prefect-slack's own webhook block.
+"""Slack: telling channels what went wrong, and that it is well again.
 
-Vendor documentation: https://docs.slack.dev/messaging/sending-messages-using-incoming-webhooks
+Over an incoming webhook (`SlackNotify`) a run tells a channel all that is new to it in one message. A
+webhook knows no threads, so a repeat is left out until `remind` seconds have passed since the incident was
+last told, or comes along with a message that is sent anyway. Over the Web API (`SlackChannel`) each incident
+is a message of its own: repeats count up in it, and after `remind` seconds go into its thread too; the end is
+told in the thread, and the message is marked as resolved.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal
 
-from prefect import task
-from prefect.cache_policies import NO_CACHE
-from prefect.logging import get_run_logger
-from prefect_slack import SlackWebhook
+from prefect_slack import SlackCredentials, SlackWebhook
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
     field_serializer,
+    field_validator,
 )
-from slack_sdk.http_retry.builtin_async_handlers import AsyncRateLimitErrorRetryHandler
 
+from blocks.fields import check_base_url
+from blocks.http import NotFoundError, VendorError
 from blocks.reference import block_name, load_block
-from tasks.jobs import without_traceback
+from tasks.alerts import Notifier, NotifyParameters, place
+from tasks.incidents import Alarm, Bulletin, Change, Happened
+from tasks.slack_api import SlackChat, post_webhook
+from tasks.slack_text import digest, root
 
-_PATIENCE = 20.0  # seconds for one message, waits for the rate limit included
-_TEXT_LIMIT = 40_000
+_REMIND = 4 * 3600.0
+_API = "https://slack.com/api/"
 
 WebhookRef = Annotated[
     SlackWebhook | str,
     # In a form and in a deployment it is the name; the URL is the credential and belongs into a block.
     WithJsonSchema({"type": "string", "description": "Name of a saved Slack Incoming Webhook block."}),
 ]
+CredentialsRef = Annotated[
+    SlackCredentials | str,
+    WithJsonSchema({"type": "string", "description": "Name of a saved Slack Credentials block."}),
+]
 
 
-class SlackNotify(BaseModel):
-    """Who is told on Slack, and when."""
+class _SlackNotify(NotifyParameters):
+    """What both ways to Slack have in common."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    on: Literal["always", "failure"] = Field(
+        default="always", title="On", description="Whether a run without failures is told too."
+    )
+    remind: float = Field(
+        default=_REMIND,
+        ge=0,
+        allow_inf_nan=False,
+        title="Remind",
+        description="Seconds after which an incident that is still open is told again.",
+    )
+
+
+class SlackNotify(_SlackNotify):
+    """Who is told on Slack over incoming webhooks, and when."""
 
     tool: Literal["slack"] = "slack"
     webhook: WebhookRef = Field(
@@ -47,69 +70,173 @@ class SlackNotify(BaseModel):
     owners: dict[str, WebhookRef] = Field(
         default_factory=dict, title="Owners", description="The channel of each owner, by the owner's name."
     )
-    on: Literal["always", "failure"] = Field(
-        default="always", title="On", description="Whether a run without failures is told too."
-    )
 
     @field_serializer("webhook", "owners", mode="wrap")
     def _by_name(self, value: Any, handler: SerializerFunctionWrapHandler) -> Any:
         # What is stored with a flow run must work in a retry of it, and hold no URL.
         if isinstance(value, dict):
-            return {owner: _name(webhook) for owner, webhook in value.items()}
-        return _name(value)
+            return {owner: _name(webhook, SlackWebhook) for owner, webhook in value.items()}
+        return _name(value, SlackWebhook)
+
+    async def check(self) -> None:
+        """See that every webhook block that is named is saved.
+
+        Raises:
+            BlockNotFound: One is not.
+        """
+        for webhook in (self.webhook, *self.owners.values()):
+            await load_block(SlackWebhook, webhook)
+
+    def notifier(self) -> Notifier:
+        """Posts to the webhooks."""
+        return _Webhooks(self)
 
 
-def _name(webhook: SlackWebhook | str) -> str:
-    return block_name(webhook, SlackWebhook) or "(a block that is not saved)"
+class SlackChannel(_SlackNotify):
+    """Who is told on Slack over its Web API, with a thread for each incident, and when.
 
-
-@task(name="slack-check", task_run_name="check Slack webhooks", tags=["slack"], cache_policy=NO_CACHE)
-async def slack_check(notify: SlackNotify) -> None:
-    """See that every webhook block that is named is saved, before anything is started.
-
-    Raises:
-        BlockNotFound: One is not.
+    The app needs the scope `chat:write` and must be in the channels.
     """
-    without_traceback()
-    for webhook in (notify.webhook, *notify.owners.values()):
-        await load_block(SlackWebhook, webhook)
+
+    tool: Literal["slack-channel"] = "slack-channel"
+    credentials: CredentialsRef = Field(title="Credentials", description="With the app's bot token.")
+    channel: str = Field(
+        title="Channel",
+        pattern=r"^#?[\w.-]+$",
+        description="Name or id of the channel for summaries, and for failures that have no owner.",
+    )
+    owners: dict[str, str] = Field(
+        default_factory=dict, title="Owners", description="The channel of each owner, by the owner's name."
+    )
+    api_url: str = Field(
+        default=_API, title="API URL", description="Where Slack's Web API is; another one for GovSlack."
+    )
+
+    @field_validator("api_url")
+    @classmethod
+    def _normalise(cls, value: str) -> str:
+        return check_base_url(value, example=_API) + "/"
+
+    @field_serializer("credentials", mode="wrap")
+    def _by_name(self, value: Any, handler: SerializerFunctionWrapHandler) -> Any:
+        return _name(value, SlackCredentials)
+
+    async def check(self) -> None:
+        """See that the credentials are saved.
+
+        Raises:
+            BlockNotFound: They are not.
+        """
+        await load_block(SlackCredentials, self.credentials)
+
+    def notifier(self) -> Notifier:
+        """Posts into the channels, and answers there."""
+        return _Channels(self)
 
 
-@task(name="slack-message", task_run_name="tell {to}", tags=["slack"], cache_policy=NO_CACHE)
-async def slack_message(webhook: WebhookRef, text: str, to: str = "Slack") -> bool:
-    """Post a message to a Slack channel. Never raises: an alert must not fail the run that it is about.
-
-    Args:
-        webhook: A `SlackWebhook` block or the name of a saved one.
-        text: In Slack's mrkdwn, with `&`, `<` and `>` escaped where they are meant literally.
-        to: Who is told, for the name of the task run.
-
-    Returns:
-        Whether Slack took it. Why not is in the log, without the webhook's URL.
-    """
-    log = get_run_logger()
-    try:
-        block = await load_block(SlackWebhook, webhook)
-        client = block.get_client()
-        client.timeout = 10
-        client.retry_handlers.append(AsyncRateLimitErrorRetryHandler(max_retry_count=2))
-        async with asyncio.timeout(_PATIENCE):
-            response = await client.send(text=_cut(text))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it must not fail the run; it may hold the URL
-        log.warning("Slack was not told (%s): %s", to, type(error).__name__)
-        return False
-    if response.status_code != 200 or response.body != "ok":
-        log.warning(
-            "Slack was not told (%s): it answered %s %s", to, response.status_code, response.body[:100]
-        )
-        return False
-    return True
+def _name(block: Any, kind: type[SlackWebhook | SlackCredentials]) -> str:
+    return block_name(block, kind) or "(a block that is not saved)"
 
 
-def escape(text: str) -> str:
-    """Text that Slack shows as it is."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+def _due(change: Change, remind: float) -> bool:
+    """Whether an incident that goes on is to be told again."""
+    told_at = change.incident.told_at
+    return told_at is None or datetime.now(UTC) - told_at >= timedelta(seconds=remind)
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _TEXT_LIMIT else text[: _TEXT_LIMIT - 1] + "…"
+class _Webhooks:
+    """Tells over incoming webhooks: one message for each channel and run."""
+
+    title = "Slack"
+
+    def __init__(self, notify: SlackNotify) -> None:
+        self._remind = notify.remind
+        self._main = _webhook_place(notify.webhook)
+        self._owners = {owner: _webhook_place(webhook) for owner, webhook in notify.owners.items()}
+        self._given: dict[str, SlackWebhook | str] = {
+            _webhook_place(webhook): webhook for webhook in (notify.webhook, *notify.owners.values())
+        }
+        self.route = f"slack/{self._main}"
+        self.summary_to = self._main if notify.on == "always" else None
+
+    def to(self, owner: str | None) -> str:
+        return self._owners.get(owner or "", self._main)
+
+    def wants(self, alarm: Alarm) -> bool:
+        return True
+
+    async def deliver(self, to: str, changes: Sequence[Change], bulletin: Bulletin, patience: float) -> None:
+        webhook = await load_block(SlackWebhook, self._given.get(to, to))
+        # What nobody was told of needs no end.
+        told = [c for c in changes if not (c.ends and c.incident.told is None)]
+        news = [c for c in told if c.happened is not Happened.REPEATED or _due(c, self._remind)]
+        sums_up = to == self.summary_to and not bulletin.alarms
+        if news or sums_up:
+            text = digest(told, bulletin if sums_up else bulletin.model_copy(update={"summary": []}))
+            await post_webhook(webhook, text, patience=patience)
+        for change in changes:
+            change.done({}, said=bool(news) and change in told)
+
+
+def _webhook_place(webhook: SlackWebhook | str) -> str:
+    secret = "" if isinstance(webhook, str) else webhook.url.get_secret_value()
+    return place(webhook, SlackWebhook, secret)
+
+
+class _Channels:
+    """Tells over the Web API: a message for each incident, with a thread."""
+
+    title = "Slack"
+
+    def __init__(self, notify: SlackChannel) -> None:
+        self._notify = notify
+        self._main = notify.channel
+        token = "" if isinstance(notify.credentials, str) else notify.credentials.token.get_secret_value()
+        self.route = f"slack-channel/{place(notify.credentials, SlackCredentials, token)}/{self._main}"
+        self.summary_to = self._main if notify.on == "always" else None
+
+    def to(self, owner: str | None) -> str:
+        return self._notify.owners.get(owner or "", self._main)
+
+    def wants(self, alarm: Alarm) -> bool:
+        return True
+
+    async def deliver(self, to: str, changes: Sequence[Change], bulletin: Bulletin, patience: float) -> None:
+        credentials = await load_block(SlackCredentials, self._notify.credentials)
+        chat = SlackChat(credentials, self._notify.api_url, patience)
+        deadline = asyncio.get_running_loop().time() + patience
+        # One after the other: Slack takes about one message a second for a channel.
+        for change in changes:
+            if asyncio.get_running_loop().time() >= deadline:
+                return
+            try:
+                await self._tell(chat, to, change, bulletin)
+            except VendorError as error:
+                change.problem = str(error)
+        if to == self.summary_to and not bulletin.alarms and bulletin.summary:
+            await chat.post(to, digest([], bulletin))
+
+    async def _tell(self, chat: SlackChat, to: str, change: Change, bulletin: Bulletin) -> None:
+        first = change.incident.told
+        if not first:
+            if not change.ends:  # what nobody was told of needs no end
+                change.done(await chat.post(to, root(change, bulletin)))
+            else:
+                change.done({}, said=False)
+            return
+        channel, ts = first["channel"], first["ts"]
+        try:
+            # First what can be repeated: should the rest fail, the next run does it all again.
+            await chat.update(channel, ts, root(change, bulletin))
+            said = change.ends or _due(change, self._notify.remind)
+            if said:
+                await chat.post(channel, _reply(change, bulletin), thread=ts)
+        except NotFoundError:
+            # Somebody has deleted the message.
+            change.done(await chat.post(to, _reply(change, bulletin)))
+        else:
+            change.done(said=said)
+
+
+def _reply(change: Change, bulletin: Bulletin) -> str:
+    return digest([change], bulletin.model_copy(update={"summary": []}))

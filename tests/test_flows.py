@@ -349,7 +349,7 @@ def test_the_chain_lands_builds_activates_and_tells(box: Sandbox, runs: Runs, tm
         "model carriers",
         "model places",
         "activate carrier-scorecard-to-crm",
-        "tell everybody",
+        "tell Slack",
     } <= names
     assert "| ✓ | airlines | SUCCEEDED | 16 |" in _artifact(run_id, "elt-report")
     assert "flowchart LR" in _artifact(run_id, "elt-report")
