@@ -98,8 +98,9 @@ class AirbyteClient:
             async with asyncio.timeout(_EXPLAIN_WITHIN):
                 told = await config.job(job.id, retry=False)
         except (VendorError, TimeoutError) as error:
-            # A server that is busy may tell the next one; one that has no such API, or refuses, will not.
-            self._explains = isinstance(error, VendorUnavailable | RateLimited)
+            # A server that is busy may tell the next one; one without such an API, or that refuses, will not.
+            hopeless = AuthError | NotFoundError | TimeoutError
+            self._explains = not (isinstance(error, hopeless) or getattr(error, "wrong_address", False))
             _log.debug("no reason to be had for Airbyte job %s: %s", job.id, error)
             return job
         return job.with_details(told)

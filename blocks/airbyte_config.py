@@ -190,7 +190,7 @@ class ConfigApi(AirbyteApi):
     ) -> AsyncIterator[list[Job]]:
         """`POST /jobs/list_for_workspaces`, page by page; nothing where the server does not know it."""
         body: dict[str, Any] = {
-            "workspaceIds": await self._workspaces_of(connection_ids),
+            "workspaceIds": self._workspaces_of(connection_ids),
             "createdAtStart": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "orderByField": "createdAt",
             "orderByMethod": "DESC",
@@ -206,8 +206,10 @@ class ConfigApi(AirbyteApi):
             if len(reply.jobs) < PAGE:
                 return
 
-    async def _workspaces_of(self, connection_ids: Collection[str]) -> list[str]:
-        found = {(await self.connection(connection_id)).workspace_id for connection_id in connection_ids}
+    def _workspaces_of(self, connection_ids: Collection[str]) -> list[str]:
+        """Of those that have been read; the jobs of another are asked for one by one."""
+        read = (self._known.get(connection_id) for connection_id in connection_ids)
+        found = {connection.workspace_id for connection in read if connection}
         return sorted(found - {""}) or self._workspaces
 
     async def _list(self, path: str, body: dict[str, Any], *, retry: bool) -> _Jobs:

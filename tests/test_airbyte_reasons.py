@@ -1,0 +1,223 @@
+"""What only Airbyte's Config API tells or does, and the old servers that have no other."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from typing import Any
+from uuid import uuid4
+
+import pytest
+
+from blocks import AirbyteServer
+from blocks.http import NotFoundError
+from sandbox import Sandbox, catalog
+from tasks.airbyte import AirbyteVendor
+from tasks.airbyte_jobs import AirbyteRequest
+from tasks.jobs import JobFailed, JobState, MemoryJournal, run_job
+from tests.airbyte_fixtures import APIS, QUICK, config, server
+from tests.jobs_fixtures import Desk
+
+__all__ = ["config"]
+
+
+def old(desk: Desk) -> Desk:
+    """The same server, three years older: basic auth, the Config API alone, and less of it."""
+    desk.sandbox.airbyte.settings = desk.sandbox.airbyte.settings.model_copy(
+        update={"age": "2023", "apis": "config", "auth": "basic"}
+    )
+    desk.vendor = AirbyteVendor(server(desk.sandbox, None, username="airbyte", password="password"))
+    return desk
+
+
+def asked(sandbox: Sandbox, prefix: str) -> int:
+    return sandbox.requests.count(path=f"^{prefix}")
+
+
+# -- what only the Config API tells
+
+
+async def test_attempts_are_told_as_they_happen(config: Desk, caplog: pytest.LogCaptureFixture) -> None:
+    """Each new attempt is logged when it begins, with the reason for which the one before has failed."""
+    config.behave(outcome="fail", attempts=3, duration=1.2, reason="Password expired", failure="config_error")
+    with caplog.at_level(logging.INFO, "elt.jobs"), pytest.raises(JobFailed) as caught:
+        await config.run()
+    lines = [record.message for record in caplog.records]
+    for attempt in (2, 3):
+        why = f"(attempt {attempt - 1} failed: Password expired (source, config_error))"
+        assert f"orders: running, attempt {attempt} {why}" in lines
+    assert caught.value.result.attempts == 3
+    assert caught.value.result.message == "Password expired (source, config_error)"
+
+
+async def test_streams_and_rejected_rows(config: Desk) -> None:
+    """Rows and bytes by stream, and what the destination rejected."""
+    connection = config.sandbox.airbyte.connection(config.connection_id)
+    connection.streams = [{"name": "orders", "namespace": "shop"}, {"name": "items"}]
+    config.behave(rows=1001, rejected=7)
+    result = await config.run()
+    assert [(s.name, s.namespace, s.rows, s.state) for s in result.streams] == [
+        ("orders", "shop", 501, JobState.SUCCEEDED),
+        ("items", None, 500, JobState.SUCCEEDED),
+    ]
+    assert all(stream.bytes for stream in result.streams)
+    assert result.rows_rejected == 7
+    assert result.attempts == 1
+
+
+async def test_succeeded_in_part(config: Desk) -> None:
+    """A job that is called succeeded although a stream failed is partial, and says which and why."""
+    connection = config.sandbox.airbyte.connection(config.connection_id)
+    connection.streams = [{"name": "orders"}, {"name": "items"}]
+    config.behave(outcome="partial", reason="No such column: price")
+    with pytest.raises(JobFailed, match="only a part landed: No such column: price") as caught:
+        await config.run()
+    assert caught.value.result.state is JobState.PARTIAL
+    orders, items = caught.value.result.streams
+    assert (orders.state, items.state) == (JobState.SUCCEEDED, JobState.FAILED)
+    assert "No such column: price" in str(items.message)
+    result = await Desk(config.sandbox, config.vendor._server).run(on_partial="ok")
+    assert result.good
+
+
+async def test_no_attempts_just_after_the_start(config: Desk) -> None:
+    """A job without any attempt yet is a job; `attempts[-1]` of an empty list is nobody's business."""
+    config.behave(duration=5)
+    _, _, status = await config.vendor.look_up(config.start_by_hand())
+    assert (status.state, status.attempts) == (JobState.QUEUED, None)
+
+
+async def test_the_public_api_borrows_the_reason(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
+    """Over the public API of a self-managed server a failed attempt is told with the Config API's reason."""
+    desk = Desk(sandbox, server(sandbox, "public"))
+    desk.behave(outcome="fail", attempts=2, reason="Disk full", origin="replication", duration=1.2)
+    why = "Disk full (replication, transient_error)"
+    with caplog.at_level(logging.INFO, "elt.jobs"), pytest.raises(JobFailed, match=re.escape(why)) as caught:
+        await desk.run()
+    assert f"orders: incomplete (attempt 1 failed: {why})" in caplog.messages
+    assert caught.value.result.attempts == 2
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        {"kind": "status", "status": 401},
+        {"kind": "status", "status": 403},
+        {"kind": "status", "status": 404, "body": {"message": "no"}},
+        {"kind": "status", "status": 503},
+        {"kind": "html", "status": 200},
+        {"kind": "null_fields"},
+        {"kind": "drop"},
+    ],
+    ids=str,
+)
+async def test_a_reason_that_is_not_to_be_had(sandbox: Sandbox, trouble: dict[str, Any]) -> None:
+    """Where the Config API fails, however it does, the job's failure is told all the same."""
+    desk = Desk(sandbox, server(sandbox, "public"))
+    desk.behave(outcome="fail")
+    desk.fault(path="^/api/v1/", **trouble)
+    with pytest.raises(JobFailed, match="its public API gives no reason, the job's page does"):
+        await desk.run()
+
+
+async def test_a_refused_reason_is_not_asked_for_again(sandbox: Sandbox) -> None:
+    """A server whose Config API refuses us is asked once and not once per failed job."""
+    sandbox.airbyte.settings.apis = "public"
+    desk = Desk(sandbox, server(sandbox, "public"))
+    desk.behave(outcome="fail")
+    async with desk.vendor.session():
+        for _ in range(3):
+            with pytest.raises(JobFailed):
+                await desk.run()
+    assert asked(sandbox, "/api/v1/") == 1
+
+
+async def test_a_reason_that_is_long_in_coming(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Config API that hangs does not hold the watching of the others up for longer than its patience."""
+    monkeypatch.setattr("blocks.airbyte_client._EXPLAIN_WITHIN", 0.3)
+    desk = Desk(sandbox, server(sandbox, "public"))
+    desk.behave(outcome="fail")
+    desk.fault(kind="delay", delay=30, path="^/api/v1/")
+    began = time.monotonic()
+    with pytest.raises(JobFailed, match="gives no reason"):
+        await desk.run()
+    assert time.monotonic() - began < 3
+
+
+# -- refresh
+
+
+@pytest.mark.parametrize("api", [*APIS, None])
+async def test_refresh(sandbox: Sandbox, api: str | None) -> None:
+    """A refresh goes to the Config API, whichever the block uses otherwise, and is watched by either."""
+    desk = Desk(sandbox, server(sandbox, api))
+    request = AirbyteRequest(desk.connection_id, "refresh", "orders", mode="Truncate")
+    result = await run_job(desk.vendor, request, QUICK, journal=MemoryJournal())
+    assert result.rows == 1000
+    assert [job.job_type for job in sandbox.airbyte.jobs_of(desk.connection_id)] == ["refresh"]
+    (sent,) = sandbox.requests.find(path="/connections/refresh$")
+    assert sent.body == {"connectionId": desk.connection_id, "refreshMode": "Truncate"}
+
+
+async def test_the_cloud_cannot_refresh() -> None:
+    """In the Cloud a refresh is refused with what can be done instead."""
+    vendor = AirbyteVendor(AirbyteServer())
+    async with vendor._server.client() as client:
+        assert client.config is None
+
+
+# -- servers of 2023
+
+
+async def test_an_old_server(config: Desk) -> None:
+    """A server of 2023 has basic auth, no workspace list and no `queued`: its jobs run all the same."""
+    desk = old(config)
+    desk.behave(queued_seconds=0.2)
+    result = await desk.run()
+    assert (result.state, result.rows, result.attempts) == (JobState.SUCCEEDED, 1000, 1)
+    assert [stream.rows for stream in result.streams] == [1000]
+    assert catalog.WORKSPACE_ID in str(result.url)  # which it does not say of a connection
+    assert (await desk.run(operation="reset")).state is JobState.SUCCEEDED
+
+
+async def test_what_an_old_server_lacks(config: Desk) -> None:
+    """A clear or refresh that an old server does not know is refused with what to do instead."""
+    desk = old(config)
+    with pytest.raises(NotFoundError, match=r"too old to know clear\. Ask for a reset instead"):
+        await desk.run(operation="clear")
+    with pytest.raises(NotFoundError, match="too old to know refresh"):
+        await desk.run(operation="refresh")
+    assert desk.jobs == []
+
+
+async def test_an_old_server_is_watched_one_by_one(config: Desk) -> None:
+    """Where there is no list for workspaces, jobs are read one by one; the list is asked for once."""
+    desk = old(config)
+    ids = desk.sandbox.airbyte.add_connections(6, duration=0.8)
+    requests = [AirbyteRequest(connection_id, "sync", connection_id) for connection_id in ids]
+    async with desk.vendor.session():
+        results = await asyncio.gather(
+            *(run_job(desk.vendor, request, QUICK, journal=MemoryJournal()) for request in requests)
+        )
+    assert all(result.rows == 1000 for result in results)
+    assert desk.sandbox.requests.count(path="/list_for_workspaces$") == 1
+
+
+async def test_an_old_server_does_not_hang_on_an_unknown_connection(config: Desk) -> None:
+    """An unknown connection is found out before the start, which an old server lets hang until a 504."""
+    desk = old(config)
+    request = AirbyteRequest(str(uuid4()), "sync", "nobody's")
+    with pytest.raises(NotFoundError):
+        await run_job(desk.vendor, request, QUICK, journal=MemoryJournal())
+    assert desk.sandbox.requests.count(path="/connections/sync$") == 0
+
+
+async def test_an_old_server_finds_a_lost_start(config: Desk) -> None:
+    """An old server takes words that it does not know for an error: it is asked again with those it knows."""
+    desk = old(config)
+    desk.behave(duration=0.4)
+    desk.fault(kind="drop_after", path="/connections/sync$", times=1)
+    result = await desk.run()
+    assert desk.jobs == [result.job_id]
