@@ -209,7 +209,17 @@ class FivetranApi:
         stream = connection.stream
         schema = stream.schema if stream else connection.schema
         table = stream.name if stream else "rows"
-        tables = {table: {"name_in_destination": table, "enabled": True, "sync_mode": "SOFT_DELETE"}}
+        tables = {
+            table: {
+                "name_in_destination": table,
+                "enabled": True,
+                "enabled_patch_settings": {"allowed": True},
+                "sync_mode": "SOFT_DELETE",
+                "columns": {},
+                "supports_columns_config": True,
+                "supports_history_mode": False,
+            }
+        }
         schemas = {
             connection.source_schema: {"name_in_destination": schema, "enabled": True, "tables": tables}
         }

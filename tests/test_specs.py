@@ -15,6 +15,7 @@ import pytest
 
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 from tests.spec_drives import Drive, drive_airbyte, drive_airbyte_config, drive_hightouch
+from tests.spec_fivetran import drive_fivetran, fivetran_contract
 from tests.spec_fixtures import Contract, Exchange, folder, read, untried, witnessed
 from tests.spec_slips import AIRBYTE_CONFIG, AIRBYTE_PUBLIC, HIGHTOUCH, airbyte_public
 
@@ -57,6 +58,7 @@ def hightouch_contract(files: Path) -> Contract:
 VENDORS: dict[str, tuple[Callable[[Path], Contract], Callable[[Drive], Awaitable[None]]]] = {
     "airbyte": (airbyte_contract, drive_airbyte),
     "airbyte-config": (airbyte_config_contract, drive_airbyte_config),
+    "fivetran": (fivetran_contract, drive_fivetran),
     "hightouch": (hightouch_contract, drive_hightouch),
 }
 
