@@ -1,0 +1,238 @@
+"""One job of each vendor, to be run through the engine while something goes wrong.
+
+A new vendor joins the table of faults with one class here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import pytest
+from prefect_dbt.cloud import DbtCloudCredentials
+
+from blocks import AirbyteServer, HightouchCredentials
+from sandbox import Sandbox, catalog
+from sandbox.hightouch import Sync
+from sandbox.timeline import SyncBehaviour
+from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
+from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
+from tasks.hightouch import HightouchVendor
+from tasks.hightouch import _Request as HightouchRequest
+from tasks.jobs import JobPolicy, JobResult, JobVendor, MemoryJournal, run_job
+from tests.jobs_fixtures import until
+
+GRACE = 0.3  # seconds for which a job that was started may not be seen
+JOB = 0.15  # seconds that a job takes
+_numbers = itertools.count(1)
+
+
+class Subject(ABC):
+    """A job of one vendor: how it is run, what can happen to it, and what the vendor saw of it.
+
+    Attributes:
+        vendor: How the engine starts, finds, observes and cancels it.
+        request: What is run.
+        journal: Kept over the runs of one subject: they are retries of each other.
+    """
+
+    name: ClassVar[str]
+    sandbox_name: ClassVar[str]
+    start: ClassVar[str]  # the path of a start request, a POST
+    look: ClassVar[str]  # the path of a request by which a job is watched
+    look_method: ClassVar[str] = "GET"
+    cancel: ClassVar[tuple[str, str] | None] = None  # method and path; None where the vendor has none
+    vendor_class: ClassVar[type]
+
+    vendor: JobVendor[Any]
+    request: Any
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self.sandbox = sandbox
+        self.journal = MemoryJournal()
+        self.faults: list[int] = []
+
+    @abstractmethod
+    def behave(self, **changes: Any) -> None:
+        """Set how the next job behaves."""
+
+    @abstractmethod
+    def start_by_hand(self) -> None:
+        """What somebody else starts."""
+
+    @property
+    @abstractmethod
+    def jobs(self) -> int:
+        """How many jobs the vendor has seen."""
+
+    @property
+    def cancels(self) -> int:
+        """How many requests to cancel have arrived."""
+        if self.cancel is None:
+            return 0
+        method, path = self.cancel
+        return self.sandbox.requests.count(vendor=self.sandbox_name, method=method, path=path)
+
+    def expire_sign_in(self) -> None:  # noqa: B027 - most vendors have keys that do not expire
+        """Make what we have signed in with invalid, where that is a token that can be had anew."""
+
+    def break_start(self, **fault: Any) -> None:
+        """Let start requests go wrong."""
+        self._fault(method="POST", path=self.start, **fault)
+
+    def break_look(self, **fault: Any) -> None:
+        """Let the requests go wrong by which jobs are watched."""
+        self._fault(method=self.look_method, path=self.look, **fault)
+
+    def _fault(self, **fault: Any) -> None:
+        self.faults.append(self.sandbox.faults.add(vendor=self.sandbox_name, **fault))
+
+    @property
+    def hit(self) -> bool:
+        """Whether every fault that was switched on has hit at least one request."""
+        return all(self.sandbox.faults.hits(fault) for fault in self.faults)
+
+    async def run(self, **policy: Any) -> JobResult:
+        """Run it once."""
+        settings = JobPolicy(**{"poll": 0.03, "timeout": 10.0, "outage": 5.0, **policy})
+        return await run_job(self.vendor, self.request, settings, journal=self.journal)
+
+    def begin(self, **policy: Any) -> asyncio.Task[JobResult]:
+        """Run it in the background."""
+        return asyncio.create_task(self.run(**policy))
+
+    async def until_started(self) -> None:
+        """Wait until the engine has its job's id."""
+        await until(lambda: any(entry.handle or entry.result for entry in self.journal.entries.values()))
+
+
+class Airbyte(Subject):
+    """A sync of a synthetic connection, by the public API."""
+
+    name = "airbyte"
+    sandbox_name = "airbyte"
+    start = r"^/api/public/v1/jobs$"
+    look = r"^/api/public/v1/jobs"
+    cancel = ("DELETE", r"/jobs/\d+$")
+    vendor_class = AirbyteVendor
+    api: ClassVar[Any] = "public"
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        super().__init__(sandbox)
+        self.connection_id = sandbox.airbyte.add_connections(1, duration=JOB)[0]
+        self.vendor = AirbyteVendor(
+            AirbyteServer(
+                base_url=sandbox.url,
+                api=self.api,
+                client_id=catalog.CLIENT_ID,
+                client_secret=catalog.CLIENT_SECRET,
+            )
+        )
+        self.request = AirbyteRequest(self.connection_id, "sync", "orders", "sales")
+
+    def behave(self, **changes: Any) -> None:
+        self.sandbox.airbyte.set(self.connection_id, **changes)
+
+    def start_by_hand(self) -> None:
+        self.sandbox.airbyte.start(self.connection_id, "sync")
+
+    @property
+    def jobs(self) -> int:
+        return len(self.sandbox.airbyte.jobs_of(self.connection_id))
+
+    def expire_sign_in(self) -> None:
+        self.sandbox.airbyte.revoke_tokens()
+
+
+class AirbyteConfig(Airbyte):
+    """The same by the Config API, where everything is a POST."""
+
+    name = "airbyte-config"
+    start = r"^/api/v1/connections/sync$"
+    look = r"^/api/v1/jobs/(get|list)"
+    look_method = "POST"
+    cancel = ("POST", r"/jobs/cancel$")
+    api = "config"
+
+
+class Hightouch(Subject):
+    """A run of a sync of one table."""
+
+    name = "hightouch"
+    sandbox_name = "hightouch"
+    start = r"/syncs/\d+/trigger$"
+    look = r"/syncs/\d+/runs$"
+    vendor_class = HightouchVendor
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        super().__init__(sandbox)
+        self.sync_id = 1000 + next(_numbers)
+        spec = dataclasses.replace(catalog.SYNCS[0], sync_id=self.sync_id, slug=f"crm-{self.sync_id}")
+        sandbox.hightouch.syncs[self.sync_id] = Sync(spec, SyncBehaviour(duration=JOB))
+        self.vendor = HightouchVendor(
+            HightouchCredentials(
+                api_key=catalog.HIGHTOUCH_API_KEY,
+                base_url=sandbox.hightouch_url,
+                requests_per_10_seconds=10_000,
+            )
+        )
+        sandbox.hightouch.settings.requests_per_10_seconds = None
+        self.request = HightouchRequest(str(self.sync_id), "sync", "crm", None, full_resync=False)
+
+    def behave(self, **changes: Any) -> None:
+        self.sandbox.hightouch.set(self.sync_id, **changes)
+
+    def start_by_hand(self) -> None:
+        self.sandbox.hightouch.trigger(self.sync_id)
+
+    @property
+    def jobs(self) -> int:
+        return len(self.sandbox.hightouch.runs_of(self.sync_id))
+
+
+class DbtCloud(Subject):
+    """A run of a scripted job."""
+
+    name = "dbt-cloud"
+    sandbox_name = "dbt_cloud"
+    start = r"/jobs/\d+/run/$"
+    look = r"/runs/"
+    cancel = ("POST", r"/runs/\d+/cancel/$")
+    vendor_class = DbtCloudVendor
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        super().__init__(sandbox)
+        self.job_id = sandbox.dbt_cloud.add_jobs(1, duration=JOB)[0]
+        self.vendor = DbtCloudVendor(
+            DbtCloudCredentials(
+                api_key=catalog.DBT_CLOUD_TOKEN,
+                account_id=catalog.DBT_CLOUD_ACCOUNT_ID,
+                domain=sandbox.dbt_cloud_url,
+            )
+        )
+        self.request = RunRequest(str(self.job_id), "nightly", alone=True)
+
+    def behave(self, **changes: Any) -> None:
+        self.sandbox.dbt_cloud.set(self.job_id, **changes)
+
+    def start_by_hand(self) -> None:
+        self.sandbox.dbt_cloud.trigger(self.job_id)
+
+    @property
+    def jobs(self) -> int:
+        return len(self.sandbox.dbt_cloud.runs_of(self.job_id))
+
+
+SUBJECTS = {each.name: each for each in (Airbyte, AirbyteConfig, Hightouch, DbtCloud)}
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The waits of the contract, scaled down so that a test can sit them out."""
+    for subject in SUBJECTS.values():
+        monkeypatch.setattr(subject.vendor_class, "grace", GRACE)
+    monkeypatch.setattr("blocks.errors.RATE_LIMIT_PAUSE", 0.2)  # for 30 s
+    monkeypatch.setattr("blocks.errors.RETRY_AFTER_CAP", 0.3)  # for 120 s

@@ -1,0 +1,360 @@
+"""The table of faults by vendors: what the user gets, how many jobs were started, how many were cancelled.
+
+Every cell runs one job of one vendor through the engine, against the sandbox, over a socket. The tables below
+say what is the same for all vendors; `EXCEPTIONS` says where a vendor's contract differs, and why.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+
+from blocks.http import (
+    ApiClient,
+    AuthError,
+    BadReply,
+    ConflictError,
+    NotFoundError,
+    VendorUnavailable,
+)
+from sandbox import Sandbox, catalog
+from tasks.jobs import InputError, JobCancelled, JobError, JobFailed, JobResult, JobState, JobTimeout
+from tests.faults_fixtures import SUBJECTS, Subject, scaled
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
+
+__all__ = ["collected", "scaled"]
+
+pytestmark = [*PREFECTS_SOCKETS, pytest.mark.usefixtures("scaled")]
+
+SUCCEEDED, SKIPPED = JobState.SUCCEEDED, JobState.SKIPPED
+AN_HOUR = {"Retry-After": "3600"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What happens, and what comes of it.
+
+    Attributes:
+        fault: What goes wrong with the requests concerned; None where it is not a matter of requests.
+        gives: The state of the result, or the error.
+        says: Part of the error's or the result's message.
+        starts: Jobs at the vendor in the end.
+        cancels: Requests to cancel.
+        log: Part of what must be in the log.
+        policy: What the policy says other than usual.
+        behave: How the job behaves.
+        reply_within: Seconds for which our client waits for a reply, if not as long as usual.
+    """
+
+    fault: dict[str, Any] | None
+    gives: JobState | type[Exception] = SUCCEEDED
+    says: str = ""
+    starts: int = 1
+    cancels: int = 0
+    log: str = ""
+    policy: dict[str, Any] = field(default_factory=dict)
+    behave: dict[str, Any] = field(default_factory=dict)
+    reply_within: float | None = None
+
+
+def status(code: int, times: int | None = 1, **more: Any) -> dict[str, Any]:
+    return {"kind": "status", "status": code, "times": times, **more}
+
+
+def html(code: int) -> dict[str, Any]:
+    return {"kind": "html", "status": code, "times": 1}
+
+
+SHORT = {"outage": 0.2}
+REFUSED: dict[str, Any] = {"gives": AuthError, "starts": 0}
+
+# A start request goes wrong.
+AT_THE_START: dict[str, Cell] = {
+    "no reply, not taken": Cell({"kind": "drop", "times": 1}),
+    "no reply, taken": Cell({"kind": "drop_after", "times": 1}),
+    "half a reply": Cell({"kind": "cut", "times": 1}),
+    "a reply that is late": Cell({"kind": "delay", "delay": 0.3, "times": 1}, reply_within=0.15),
+    "reset for ever": Cell({"kind": "reset"}, VendorUnavailable, "", starts=0, policy=SHORT),
+    "401 for ever": Cell(status(401, None), says="Check the credentials", **REFUSED),
+    "403": Cell(status(403), says="lack the role", **REFUSED),
+    "404": Cell(status(404, body={"message": "no such thing"}), NotFoundError, "no such thing", starts=0),
+    "409 of a kind unknown": Cell(status(409, body={"message": "odd"}), ConflictError, "odd", starts=0),
+    "429 with a time": Cell(status(429, headers={"Retry-After": "0.1"}), log="answered 429"),
+    "429 without": Cell(status(429), log="answered 429"),
+    "429 of an hour": Cell(status(429, headers=AN_HOUR), log="asks to wait 3600 s"),
+    "500": Cell(html(500)),
+    "502": Cell(html(502)),
+    "503": Cell(html(503)),
+    "an HTML page": Cell(html(200)),
+    "an empty body": Cell({"kind": "empty", "times": 1}),
+    "no text at all": Cell({"kind": "garbage", "times": 1}),
+    "half a document": Cell({"kind": "truncated_json", "times": 1}),
+    "null fields": Cell({"kind": "null_fields", "times": 1}),
+}
+
+# The job is started, and a look at it goes wrong.
+WHILE_IT_RUNS: dict[str, Cell] = {
+    "no reply": Cell({"kind": "drop", "times": 2}),
+    "half a reply": Cell({"kind": "cut", "times": 2}),
+    "a reply that is late": Cell({"kind": "delay", "delay": 0.3, "times": 1}, reply_within=0.15),
+    "reset for ever": Cell({"kind": "reset"}, VendorUnavailable, "was not touched", policy=SHORT),
+    "401 for ever": Cell(status(401, None), AuthError, "Check the credentials"),
+    "403": Cell(status(403), AuthError, "lack the role"),
+    "404 at first": Cell(status(404, body={"message": "no such job"})),
+    "404 for ever": Cell(status(404, None, body={"message": "no such job"}), NotFoundError, "no such job"),
+    "429 with a time": Cell(status(429, headers={"Retry-After": "0.1"})),
+    "429 without": Cell(status(429)),
+    "429 of an hour": Cell(status(429, headers=AN_HOUR), log="asks to wait 3600 s"),
+    "500": Cell(html(500)),
+    "502": Cell(html(502)),
+    "503": Cell(html(503)),
+    "503 for ever": Cell(status(503, None), VendorUnavailable, "was not touched", policy=SHORT),
+    "an HTML page": Cell(html(200)),
+    "an empty body": Cell({"kind": "empty", "times": 2}),
+    "no text at all": Cell({"kind": "garbage", "times": 2}),
+    "half a document": Cell({"kind": "truncated_json", "times": 2}),
+    "half a document for ever": Cell({"kind": "truncated_json"}, BadReply, "was not touched", policy=SHORT),
+    "null fields": Cell({"kind": "null_fields", "times": 2}),
+    # -- no matter of requests
+    "it fails": Cell(None, JobFailed, behave={"outcome": "fail"}),
+    "somebody cancels it": Cell(None, JobCancelled, "was cancelled in", behave={"outcome": "cancel"}),
+    "an unknown state for a while": Cell(
+        None, log="not in its contract", behave={"outcome": "unknown_word", "word_seconds": 0.15}
+    ),
+    "an unknown state for ever": Cell(
+        None,
+        JobTimeout,
+        "it was cancelled",
+        cancels=1,
+        log="not in its contract",
+        policy={"timeout": 0.5},
+        behave={"outcome": "unknown_word"},
+    ),
+    "it never ends": Cell(
+        None, JobTimeout, "it was cancelled", cancels=1, policy={"timeout": 0.4}, behave={"outcome": "stuck"}
+    ),
+    "it never ends, and is left": Cell(
+        None,
+        JobTimeout,
+        "it was left running",
+        policy={"timeout": 0.4, "on_timeout": "detach"},
+        behave={"outcome": "stuck"},
+    ),
+}
+
+# A job of the same resource is running already.    `starts` counts that one too.
+RUNNING_ALREADY: dict[str, Cell] = {
+    "queue": Cell(None, starts=2, log="waiting for it before starting ours"),
+    "adopt": Cell(None, starts=1, log="taken as ours"),
+    "skip": Cell(None, SKIPPED, "the policy says skip", starts=1),
+    "fail": Cell(None, JobFailed, "the policy says fail", starts=1),
+}
+
+# Where a vendor's contract says otherwise: (vendor, row) → what is different.
+_NO_CANCEL = {"says": "can't cancel; it goes on", "cancels": 0}
+_BEHIND = {"gives": SUCCEEDED, "says": "", "starts": 2, "log": ""}
+EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {
+    # Hightouch's API can't cancel a run.
+    ("hightouch", "an unknown state for ever"): _NO_CANCEL,
+    ("hightouch", "it never ends"): _NO_CANCEL,
+    # Hightouch never refuses: it queues one run behind the one that is in progress, and that is ours.
+    **{("hightouch", row): _BEHIND for row in RUNNING_ALREADY},
+}
+
+
+def cells(table: dict[str, Cell]) -> Any:
+    """Every row of a table for every vendor, as it is for that vendor."""
+    rows = [
+        pytest.param(name, replace(cell, **EXCEPTIONS.get((name, row), {})), id=f"{row}-{name}")
+        for name in SUBJECTS
+        for row, cell in table.items()
+    ]
+    return pytest.mark.parametrize(("vendor", "cell"), rows)
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sandbox]:
+    """One sandbox for all cells; every cell has a resource of its own."""
+    state: Path = tmp_path_factory.mktemp("faults")
+    with Sandbox(state, job_seconds=0.1) as sandbox:
+        with duckdb.connect(str(sandbox.warehouse.path)) as warehouse:
+            warehouse.execute("CREATE SCHEMA marts")
+            warehouse.sql("SELECT range AS n FROM range(10)").create(catalog.SYNCS[0].table)
+        yield sandbox
+
+
+@pytest.fixture
+def clean(stage: Sandbox, caplog: pytest.LogCaptureFixture) -> Iterator[Sandbox]:
+    """The stage with nothing left over from the cell before."""
+    stage.faults.clear()
+    stage.requests.clear()
+    caplog.set_level(logging.INFO, "elt.jobs")
+    yield stage
+    stage.faults.clear()
+
+
+def hurry(monkeypatch: pytest.MonkeyPatch, cell: Cell) -> None:
+    if cell.reply_within is not None:
+        monkeypatch.setitem(ApiClient.__init__.__kwdefaults__, "read_timeout", cell.reply_within)
+
+
+async def check(subject: Subject, run: asyncio.Task[JobResult], cell: Cell, log: str) -> None:
+    """What the user gets, how many starts, how many cancels, and what was said."""
+    if isinstance(cell.gives, JobState):
+        result = await run
+        assert result.state is cell.gives
+        assert cell.says in str(result.message)
+    else:
+        with pytest.raises(cell.gives) as caught:
+            await run
+        assert cell.says in str(caught.value)
+        assert isinstance(caught.value, JobError) or subject.vendor.name in str(caught.value).lower().replace(
+            " ", "-"
+        )
+    assert (subject.jobs, subject.cancels) == (cell.starts, cell.cancels)
+    assert cell.log in log
+    assert subject.hit, "the fault hit no request: this cell shows nothing"
+
+
+@cells(AT_THE_START)
+async def test_at_the_start(
+    clean: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    vendor: str,
+    cell: Cell,
+) -> None:
+    """A start that goes wrong is one job or none, never two, and what is refused is said at once."""
+    hurry(monkeypatch, cell)
+    subject = SUBJECTS[vendor](clean)
+    assert cell.fault
+    subject.break_start(**cell.fault)
+    run = subject.begin(**cell.policy)
+    await asyncio.wait([run])
+    await check(subject, run, cell, caplog.text)
+
+
+@cells(WHILE_IT_RUNS)
+async def test_while_it_runs(
+    clean: Sandbox,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    vendor: str,
+    cell: Cell,
+) -> None:
+    """A look that goes wrong does not touch the job; only a job that does not end is cancelled, and once."""
+    hurry(monkeypatch, cell)
+    subject = SUBJECTS[vendor](clean)
+    if cell.behave:
+        subject.behave(**cell.behave)
+    run = subject.begin(**cell.policy)
+    if cell.fault:
+        await subject.until_started()
+        subject.break_look(**cell.fault)
+    await asyncio.wait([run])
+    await check(subject, run, cell, caplog.text)
+
+
+@cells(RUNNING_ALREADY)
+async def test_running_already(
+    clean: Sandbox, caplog: pytest.LogCaptureFixture, vendor: str, cell: Cell, request: Any
+) -> None:
+    """A job that is running already is waited for, adopted, or reason to do nothing, as the policy says."""
+    subject = SUBJECTS[vendor](clean)
+    subject.behave(duration=0.3)
+    subject.start_by_hand()
+    row = request.node.callspec.id.removesuffix(f"-{vendor}")
+    run = subject.begin(on_active=row)
+    await asyncio.wait([run])
+    await check(subject, run, cell, caplog.text)
+
+
+@pytest.mark.parametrize("vendor", SUBJECTS)
+async def test_refused_connections(clean: Sandbox, caplog: pytest.LogCaptureFixture, vendor: str) -> None:
+    """A vendor that is down, at the start and in mid-run, is waited for; the job is one."""
+    subject = SUBJECTS[vendor](clean)
+    subject.behave(duration=0.8)
+    clean.outage(0.15)
+    run = subject.begin()
+    await subject.until_started()
+    clean.outage(0.3)
+    assert (await run).state is SUCCEEDED
+    assert (subject.jobs, subject.cancels) == (1, 0)
+    assert "answers again" in caplog.text
+
+
+@pytest.mark.parametrize("vendor", SUBJECTS)
+async def test_refused_for_longer_than_is_borne(clean: Sandbox, vendor: str) -> None:
+    """Beyond the budget the error says that the job was not touched, and a retry attaches to it."""
+    subject = SUBJECTS[vendor](clean)
+    subject.behave(duration=1.0)
+    run = subject.begin(outage=0.2)
+    await subject.until_started()
+    clean.pause()
+    try:
+        with pytest.raises(VendorUnavailable, match="was not touched"):
+            await run
+    finally:
+        clean.resume()
+    assert (await subject.run()).state is SUCCEEDED
+    assert (subject.jobs, subject.cancels) == (1, 0)
+
+
+@pytest.mark.parametrize("vendor", SUBJECTS)
+@pytest.mark.parametrize("moment", ["at the start", "while it runs"])
+async def test_401_once(clean: Sandbox, vendor: str, moment: str) -> None:
+    """A token that has expired is fetched anew and nobody notices; a refused key is an error at once."""
+    subject = SUBJECTS[vendor](clean)
+    subject.behave(duration=0.3)
+    has_token = vendor.startswith("airbyte")
+    if moment == "at the start":
+        subject.break_start(**status(401))
+        run = subject.begin()
+    else:
+        run = subject.begin()
+        await subject.until_started()
+        subject.expire_sign_in()
+        subject.break_look(**status(401))
+    await asyncio.wait([run])
+    gives = SUCCEEDED if has_token else AuthError
+    starts = 1 if has_token or moment == "while it runs" else 0
+    await check(subject, run, Cell(None, gives, starts=starts), "")
+
+
+# -- kinds of 409 that only one vendor has
+
+
+@pytest.mark.parametrize("vendor", ["airbyte", "airbyte-config"])
+async def test_409_of_a_connection_that_was_switched_off(clean: Sandbox, vendor: str) -> None:
+    """Airbyte hides why it refuses; the connection's own status tells it."""
+    subject = SUBJECTS[vendor](clean)
+    async with subject.vendor.session():
+        await subject.vendor.connection(subject.request.resource_id)  # type: ignore[attr-defined]
+        subject.behave(status="inactive")
+        with pytest.raises(InputError, match=r"is inactive\. Enable it"):
+            await subject.run()
+    assert (subject.jobs, subject.cancels) == (0, 0)
+
+
+@pytest.mark.parametrize("vendor", ["airbyte", "airbyte-config"])
+async def test_409_of_a_job_that_has_just_ended(clean: Sandbox, vendor: str) -> None:
+    """A job that ends between our last look and our cancellation is a job that ended, not an error."""
+    subject = SUBJECTS[vendor](clean)
+    subject.behave(outcome="stuck")
+    run = subject.begin(timeout=0.3)
+    await subject.until_started()
+    [job] = clean.airbyte.jobs_of(subject.request.resource_id)
+    method, path = subject.cancel or ("", "")
+    clean.faults.add(vendor="airbyte", method=method, path=path, kind="delay", delay=0.3)
+    await until(lambda: subject.cancels > 0)
+    clean.airbyte.finish_job(job.job_id, "failed")
+    with pytest.raises(JobTimeout, match="it had ended already: failed"):
+        await run
+    assert (subject.jobs, subject.cancels) == (1, 1)
