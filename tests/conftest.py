@@ -38,7 +38,14 @@ from prefect.events.worker import EventsWorker  # noqa: E402 - after the setting
 from prefect.logging.handlers import APILogHandler  # noqa: E402
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
+def _served(request: pytest.FixtureRequest) -> None:
+    """The Prefect server is there for every test that is not marked as one that needs none."""
+    if request.node.get_closest_marker("no_server") is None:
+        request.getfixturevalue("prefect_server")
+
+
+@pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
     """The API's address. The ephemeral server would lose task runs and start anew for every process."""
     log = Path(_HOME, "server.log").open("wb")  # noqa: SIM115 - closed below, with the server

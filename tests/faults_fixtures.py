@@ -14,12 +14,13 @@ from typing import Any, ClassVar
 import pytest
 from prefect_dbt.cloud import DbtCloudCredentials
 
-from blocks import AirbyteServer, HightouchCredentials
+from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials
 from sandbox import Sandbox, catalog
 from sandbox.hightouch import Sync
 from sandbox.timeline import SyncBehaviour
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
+from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
 from tasks.hightouch import HightouchVendor
 from tasks.hightouch import _Request as HightouchRequest
 from tasks.jobs import JobPolicy, JobResult, JobVendor, MemoryJournal, run_job
@@ -226,7 +227,39 @@ class DbtCloud(Subject):
         return len(self.sandbox.dbt_cloud.runs_of(self.job_id))
 
 
-SUBJECTS = {each.name: each for each in (Airbyte, AirbyteConfig, Hightouch, DbtCloud)}
+class Fivetran(Subject):
+    """A sync of a synthetic connection."""
+
+    name = "fivetran"
+    sandbox_name = "fivetran"
+    start = r"/connections/\w+/sync$"
+    look = r"/connections"
+    vendor_class = FivetranVendor
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        super().__init__(sandbox)
+        self.connection_id = sandbox.fivetran.add_connections(1, duration=JOB)[0]
+        self.vendor = FivetranVendor(
+            FivetranCredentials(
+                api_key=catalog.FIVETRAN_API_KEY,
+                api_secret=catalog.FIVETRAN_API_SECRET,
+                base_url=sandbox.fivetran_url,
+            )
+        )
+        self.request = FivetranRequest(self.connection_id, "sync", "orders", "sales")
+
+    def behave(self, **changes: Any) -> None:
+        self.sandbox.fivetran.set(self.connection_id, **changes)
+
+    def start_by_hand(self) -> None:
+        self.sandbox.fivetran.trigger(self.connection_id)
+
+    @property
+    def jobs(self) -> int:
+        return len(self.sandbox.fivetran.syncs_of(self.connection_id))
+
+
+SUBJECTS = {each.name: each for each in (Airbyte, AirbyteConfig, Hightouch, DbtCloud, Fivetran)}
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
 
 __all__ = ["collected", "scaled"]
 
-pytestmark = [*PREFECTS_SOCKETS, pytest.mark.usefixtures("scaled")]
+pytestmark = [*PREFECTS_SOCKETS, pytest.mark.usefixtures("scaled"), pytest.mark.no_server]
 
 SUCCEEDED, SKIPPED = JobState.SUCCEEDED, JobState.SKIPPED
 AN_HOUR = {"Retry-After": "3600"}
@@ -160,10 +160,19 @@ RUNNING_ALREADY: dict[str, Cell] = {
 # Where a vendor's contract says otherwise: (vendor, row) → what is different.
 _NO_CANCEL = {"says": "can't cancel; it goes on", "cancels": 0}
 _BEHIND = {"gives": SUCCEEDED, "says": "", "starts": 2, "log": ""}
+_STRANGE = {
+    "outcome": "unknown_word",
+    "word": "dreaming",
+}  # `paused`, as of the others, is a word of Fivetran's
 EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {
-    # Hightouch's API can't cancel a run.
+    # Neither Hightouch's nor Fivetran's API can cancel.
     ("hightouch", "an unknown state for ever"): _NO_CANCEL,
     ("hightouch", "it never ends"): _NO_CANCEL,
+    ("fivetran", "an unknown state for a while"): {"behave": {**_STRANGE, "word_seconds": 0.15}},
+    ("fivetran", "an unknown state for ever"): {**_NO_CANCEL, "behave": _STRANGE},
+    ("fivetran", "it never ends"): _NO_CANCEL,
+    # A sync that somebody stops in Fivetran leaves no trace: neither a success nor a failure is newer.
+    ("fivetran", "somebody cancels it"): {**_NO_CANCEL, "gives": JobTimeout, "policy": {"timeout": 0.5}},
     # Hightouch never refuses: it queues one run behind the one that is in progress, and that is ours.
     **{("hightouch", row): _BEHIND for row in RUNNING_ALREADY},
 }

@@ -21,7 +21,7 @@ from tests.spec_slips import AIRBYTE_CONFIG, AIRBYTE_PUBLIC, HIGHTOUCH, airbyte_
 
 __all__ = ["collected"]
 
-pytestmark = PREFECTS_SOCKETS
+pytestmark = [*PREFECTS_SOCKETS, pytest.mark.no_server]
 
 AIRBYTE_PREFIX = "/api/public/v1"
 HIGHTOUCH_PREFIX = "/hightouch/api/v1"
