@@ -65,6 +65,9 @@ class TokenAuth(httpx.Auth):
         vendor: For error messages.
         request_token: Builds the request to the token endpoint.
         read_token: Takes the endpoint's JSON and returns the token and its lifetime in seconds.
+        header: The header that carries the token.
+        prefix: What stands before the token in it.
+        what: What a refusal was about, for error messages.
     """
 
     def __init__(
@@ -72,10 +75,17 @@ class TokenAuth(httpx.Auth):
         vendor: str,
         request_token: Callable[[], httpx.Request],
         read_token: Callable[[Any], tuple[str, float]],
+        *,
+        header: str = "Authorization",
+        prefix: str = "Bearer ",
+        what: str = "the client id or the client secret",
     ) -> None:
         self._vendor = vendor
         self._request_token = request_token
         self._read_token = read_token
+        self._header = header
+        self._prefix = prefix
+        self._what = what
         self._lock = asyncio.Lock()
         self._token: str | None = None
         self._expires = 0.0
@@ -93,12 +103,22 @@ class TokenAuth(httpx.Auth):
                 if self._token is None or time.monotonic() >= self._expires:
                     await self._accept((yield self._token_request()))
                 token = self._token
-            request.headers["Authorization"] = f"Bearer {token}"
+            request.headers[self._header] = f"{self._prefix}{token}"
             response = yield request
             if response.status_code != httpx.codes.UNAUTHORIZED:
                 return
             if self._token == token:  # else another request has refreshed it meanwhile
                 self._token = None
+
+    async def sign_in(self, client: httpx.AsyncClient) -> None:
+        """Have a token, before the first request needs one.
+
+        Raises:
+            VendorError, httpx.TransportError: There is none to be had.
+        """
+        async with self._lock:
+            if self._token is None or time.monotonic() >= self._expires:
+                await self._accept(await client.send(self._token_request(), auth=None))
 
     def _token_request(self) -> httpx.Request:
         request = self._request_token()
@@ -143,9 +163,9 @@ class TokenAuth(httpx.Auth):
         if status in (400, 401, 403, 422):
             raise AuthError(
                 self._vendor,
-                "the client id or the client secret was refused",
+                f"{self._what} was refused",
                 status=status,
-                guidance="Check both in the block; nothing was started.",
+                guidance="Check them in the block; nothing was started.",
                 **where,
             )
         raise VendorError(self._vendor, "no token to be had", status=status, **where)
@@ -206,10 +226,11 @@ def _vendor_message(body: Any) -> str | None:
         return body.strip()[:500] or None
     if not isinstance(body, Mapping):
         return None
-    data, status = body.get("data"), body.get("status")
+    data, status, error = body.get("data"), body.get("status"), body.get("error")
     parts = [
         data.get("message") if isinstance(data, Mapping) else None,
         _envelope_message(status) if isinstance(status, Mapping) else None,  # dbt Cloud
+        *(error.get(key) for key in ("message", "detail", "code") if isinstance(error, Mapping)),
         *(body.get(key) for key in ("message", "error", "detail", "title")),
     ]
     for part in parts:
@@ -371,9 +392,7 @@ class ApiClient:
             document = response.json()
         except ValueError:
             raise bad_reply(self.vendor, response, where) from None
-        # Only from what is surely the API's own: a proxy's page from its cache may be hours old.
-        if (theirs := _clock_of(response)) is not None:
-            self._skew = theirs - datetime.now(UTC)
+        self._take_clock(response)
         try:
             return reply.validate_python(document)
         except ValidationError as error:
@@ -402,6 +421,11 @@ class ApiClient:
         if not response.is_success:
             raise self._status_error(response, where)
         return response
+
+    def _take_clock(self, response: httpx.Response) -> None:
+        # Only from what is surely the API's own: a proxy's page from its cache may be hours old.
+        if (theirs := _clock_of(response)) is not None:
+            self._skew = theirs - datetime.now(UTC)
 
     def _transport_error(self, error: httpx.TransportError, where: Mapping[str, Any]) -> VendorError:
         try:
