@@ -3,6 +3,7 @@
 from blocks.airbyte import AirbyteServer
 from blocks.fivetran import FivetranCredentials
 from blocks.hightouch import HightouchCredentials
+from blocks.http_job import HttpJob
 from blocks.pagerduty import PagerDutyRouting
 
-__all__ = ["AirbyteServer", "FivetranCredentials", "HightouchCredentials", "PagerDutyRouting"]
+__all__ = ["AirbyteServer", "FivetranCredentials", "HightouchCredentials", "HttpJob", "PagerDutyRouting"]

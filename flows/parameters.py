@@ -13,19 +13,20 @@ from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
 from tasks.fivetran import FivetranSync
 from tasks.hightouch import HightouchSync
+from tasks.http_job import HttpJobRun
 from tasks.pagerduty import PagerDutyNotify
 from tasks.slack import SlackChannel, SlackNotify
 from tasks.steps import OwnStep
 
 __all__ = ["Activation", "Notify", "NotifyList", "OwnStep", "Sync", "Transform"]
 
-Sync = Annotated[AirbyteSync | AirbyteConnections | FivetranSync, Field(discriminator="tool")]
+Sync = Annotated[AirbyteSync | AirbyteConnections | FivetranSync | HttpJobRun, Field(discriminator="tool")]
 """What loads a connection, or connections by tag."""
 
 Transform = Annotated[DbtCore | DbtCloud, Field(discriminator="tool")]
 """What builds models."""
 
-Activation = HightouchSync
+Activation = Annotated[HightouchSync | HttpJobRun, Field(discriminator="tool")]
 """What sends models on to where they are used."""
 
 Notify = Annotated[SlackNotify | SlackChannel | PagerDutyNotify, Field(discriminator="tool")]
