@@ -32,6 +32,15 @@ FIVETRAN_API_SECRET = "sandbox-fivetran-secret"  # noqa: S105 - published, as al
 FIVETRAN_GROUP_ID = "nimble_harbour"
 FIVETRAN_USER_ID = "patient_ferryman"
 
+POWER_BI_TENANT = "7e4a4700-2013-4a00-8000-00000000aaaa"
+POWER_BI_CLIENT_ID = "c11e4700-2013-4a00-8000-00000000aaaa"
+POWER_BI_CLIENT_SECRET = "sandbox-power-bi-secret"  # noqa: S105 - published, as all of the sandbox's are
+POWER_BI_GROUP = "96049500-2013-4a00-8000-00000000aaaa"
+TABLEAU_TOKEN_NAME = "sandbox"  # noqa: S105
+TABLEAU_TOKEN_SECRET = "sandbox-tableau-secret"  # noqa: S105
+TABLEAU_SITE = "flights"
+TABLEAU_SITE_ID = "517e0000-2013-4a00-8000-00000000aaaa"
+
 # Times of creation are fixed, so that two runs of the sandbox look alike.
 CREATED_AT = 1_735_689_600  # 2025-01-01T00:00:00Z
 
@@ -75,6 +84,17 @@ class FivetranSpec:
     schema: str
     source_schema: str
     stream: Stream
+
+
+@dataclass(frozen=True, slots=True)
+class DashboardSpec:
+    """One semantic model of Power BI, or workbook of Tableau, that shows one table of the warehouse."""
+
+    dashboard_id: str
+    name: str
+    product: str
+    table: str
+    owner: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +225,23 @@ DBT_JOBS = (
     DbtJobSpec(301, "nightly build", ("dbt build",), real=True),
     DbtJobSpec(302, "scripted build", ("dbt build",)),
     DbtJobSpec(303, "scripted steps", ("dbt seed", "dbt run", "dbt test"), generate_docs=True),
+)
+
+DASHBOARDS = (
+    DashboardSpec(
+        "da5b0000-2013-4a00-8000-000000000001",
+        "Carrier scorecard",
+        "power_bi",
+        "marts.mart_carrier_scorecard",
+        "flight-ops",
+    ),
+    DashboardSpec(
+        "da5b0000-2013-4a00-8000-000000000002",
+        "Weather delays",
+        "tableau",
+        "marts.mart_weather_delays",
+        "weather-desk",
+    ),
 )
 
 NIGHTLY_TAG = "nightly"

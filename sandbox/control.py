@@ -15,6 +15,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sandbox.airbyte_jobs import Connection, ConnectionChange
+from sandbox.dashboards import Dashboard, DashboardChange
 from sandbox.dbt_cloud import Job, JobChange, Run
 from sandbox.faults import Fault
 from sandbox.fivetran import Connection as FivetranConnection
@@ -59,6 +60,7 @@ class _Settings(_Body):
     hightouch: dict[str, Any] = Field(default_factory=dict)
     dbt_cloud: dict[str, Any] = Field(default_factory=dict)
     fivetran: dict[str, Any] = Field(default_factory=dict)
+    dashboards: dict[str, Any] = Field(default_factory=dict)
     slack: dict[str, Any] = Field(default_factory=dict)
     pagerduty: dict[str, Any] = Field(default_factory=dict)
 
@@ -96,6 +98,8 @@ class Control:
             _route("/dbt/jobs", self.get_dbt_jobs, "GET"),
             _route("/dbt/jobs/{key}", self.patch_dbt_job, "PATCH"),
             _route("/dbt/runs", self.get_dbt_runs, "GET"),
+            _route("/dashboards", self.get_dashboards, "GET"),
+            _route("/dashboards/{key}", self.patch_dashboard, "PATCH"),
             _route("/fivetran/connections", self.get_fivetran, "GET"),
             _route("/fivetran/connections/{key}", self.patch_fivetran, "PATCH"),
             _route("/slack/messages", self.get_messages, "GET"),
@@ -295,6 +299,16 @@ class Control:
         fields = change.model_dump(exclude_unset=True)
         return _sync(self.sandbox.hightouch.set(request.path_params["key"], **fields))
 
+    async def get_dashboards(self, request: Request) -> dict[str, Any]:
+        """GET /dashboards: each with its behaviour and its refreshes."""
+        return {"data": [_dashboard(board) for board in self.sandbox.dashboards.dashboards.values()]}
+
+    async def patch_dashboard(self, request: Request) -> dict[str, Any]:
+        """PATCH /dashboards/{id or name}: how its next refreshes behave."""
+        change = await _parsed(request, DashboardChange)
+        fields = change.model_dump(exclude_unset=True)
+        return _dashboard(self.sandbox.dashboards.set(request.path_params["key"], **fields))
+
     async def get_fivetran(self, request: Request) -> dict[str, Any]:
         """GET /fivetran/connections: each with its behaviour and its syncs, which Fivetran's API has not."""
         keys = list(self.sandbox.fivetran.connections)
@@ -330,6 +344,17 @@ def _dbt_job(job: Job) -> dict[str, Any]:
 def _dbt_run(run: Run) -> dict[str, Any]:
     steps = [{"name": step.name, "status": step.status.name, "logs": step.logs} for step in run.steps]
     return {"id": run.run_id, "status": run.status, "cause": run.cause, "steps": steps, **run.overrides}
+
+
+def _dashboard(board: Dashboard) -> dict[str, Any]:
+    return {
+        "id": board.spec.dashboard_id,
+        "name": board.spec.name,
+        "product": board.spec.product,
+        "refreshable": board.refreshable,
+        "refreshes": [{"id": r.refresh_id, "state": r.at()[0]} for r in list(board.refreshes)],
+        **board.behaviour.model_dump(),
+    }
 
 
 def _fivetran(connection: FivetranConnection) -> dict[str, Any]:

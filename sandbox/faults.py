@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Vendor = Literal["airbyte", "hightouch", "slack", "pagerduty", "dbt_cloud", "fivetran"]
+Vendor = Literal["airbyte", "hightouch", "slack", "pagerduty", "dbt_cloud", "fivetran", "power_bi", "tableau"]
 FaultKind = Literal[
     "status",
     "html",

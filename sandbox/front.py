@@ -25,6 +25,8 @@ _VENDORS = (
     ("/fivetran/v1/", "fivetran"),
     ("/slack/api/", "slack"),
     ("/pagerduty/v2/", "pagerduty"),
+    ("/power_bi/", "power_bi"),
+    ("/tableau/api/", "tableau"),
 )
 _AFTER_THE_VENDOR = ("drop_after", "cut", "truncated_json", "null_fields")
 

@@ -24,6 +24,10 @@ def guide(sandbox: Sandbox) -> str:
         f"    {spec.connection_id:<17} {spec.schema:<25} {spec.service:<14} {spec.stream.table}"
         for spec in catalog.FIVETRAN_CONNECTIONS
     )
+    dashboards = "\n".join(
+        f"    {spec.dashboard_id}   {spec.name:<18} {spec.product:<9} {spec.table}"
+        for spec in catalog.DASHBOARDS
+    )
     jobs = "\n".join(
         f"    {spec.job_id}  {spec.name:<16} {'; '.join(spec.steps):<28} {'really runs dbt' * spec.real}"
         for spec in catalog.DBT_JOBS
@@ -63,6 +67,17 @@ dbt Cloud, Administrative API v2
   jobs
 {jobs}
 
+Power BI and Tableau, as declared in blocks/dashboards.py
+    Power BI       {sandbox.power_bi_url}   tokens: {sandbox.power_bi_login_url}
+    tenant         {catalog.POWER_BI_TENANT}
+    client id      {catalog.POWER_BI_CLIENT_ID}
+    client secret  {catalog.POWER_BI_CLIENT_SECRET}
+    workspace      {catalog.POWER_BI_GROUP}
+    Tableau        {sandbox.tableau_url}   site: {catalog.TABLEAU_SITE}
+    access token   {catalog.TABLEAU_TOKEN_NAME} / {catalog.TABLEAU_TOKEN_SECRET}
+  dashboards: each reads its table from the warehouse
+{dashboards}
+
 Slack, incoming webhooks
 {webhooks}
 Slack, Web API (chat.postMessage, chat.update)
@@ -84,6 +99,7 @@ Look
     Hightouch's runs  curl {control}/runs
     Fivetran's syncs  curl {control}/fivetran/connections
     dbt Cloud's runs  curl {control}/dbt/runs
+    dashboards        curl {control}/dashboards
     what was posted   curl {control}/slack/messages
     who was paged     curl {control}/pagerduty/alerts
     as pages          {sandbox.url}/slack and {sandbox.url}/pagerduty

@@ -38,6 +38,8 @@ class Pages:
             Route("/pagerduty", self.pagerduty),
             Route("/hightouch/{workspace}/syncs/{sync}", self.sync),
             Route("/hightouch/{workspace}/syncs/{sync}/runs/{run}", self.sync),
+            Route("/power_bi/app/groups/{group}/settings/datasets/{board}", self.dashboard),
+            Route("/tableau/site/{site}/workbooks/{board}", self.dashboard),
             Route("/fivetran/dashboard/connectors/{connection}/status", self.fivetran),
             Route("/deploy/{account}/projects/{project}/runs/{run:int}/", self.dbt_run),
         ]
@@ -83,6 +85,19 @@ class Pages:
         ]
         table = _table(["run", "status", "created", "rows", "error"], rows, request.path_params.get("run"))
         return _page(f"Hightouch sync {sync.spec.slug}", f"<p>Model: {sync.spec.table}</p>{table}")
+
+    async def dashboard(self, request: Request) -> Response:
+        """A semantic model or workbook and its refreshes, newest first."""
+        try:
+            board = self.sandbox.dashboards.dashboard(request.path_params["board"])
+        except KeyError:
+            return _page("Not found", "<p>There is no such dashboard.</p>", 404)
+        rows: list[list[object]] = [
+            [refresh.refresh_id, refresh.at()[0], iso(refresh.created_wall), refresh.work.rows]
+            for refresh in reversed(list(board.refreshes))
+        ]
+        table = _table(["refresh", "state", "created", "rows"], rows, None)
+        return _page(f"{board.spec.product} {board.spec.name}", f"<p>Shows {board.spec.table}</p>{table}")
 
     async def fivetran(self, request: Request) -> Response:
         """A Fivetran connection and its syncs, newest first."""

@@ -22,6 +22,7 @@ from sandbox import (
     airbyte_config_api,
     catalog,
     control,
+    dashboards_api,
     dbt_cloud_api,
     fivetran_api,
     hightouch_api,
@@ -31,6 +32,7 @@ from sandbox import (
 )
 from sandbox.airbyte import Airbyte
 from sandbox.airbyte_door import Door
+from sandbox.dashboards import Dashboards
 from sandbox.dbt_cloud import DbtCloud
 from sandbox.faults import FaultBook
 from sandbox.fivetran import Fivetran
@@ -90,6 +92,7 @@ class Sandbox:
         self.hightouch = Hightouch(self.warehouse, job_seconds)
         self.dbt_cloud = DbtCloud(self.warehouse, job_seconds)
         self.fivetran = Fivetran(self.warehouse, job_seconds)
+        self.dashboards = Dashboards(self.warehouse, job_seconds)
         self.slack = Slack()
         self.pagerduty = PagerDuty()
         self.requests = RequestLog()
@@ -120,6 +123,7 @@ class Sandbox:
                 *hightouch_api.HightouchApi(self.hightouch).routes(),
                 *dbt_cloud_api.DbtCloudApi(self.dbt_cloud).routes(),
                 *fivetran_api.FivetranApi(self.fivetran).routes(),
+                *dashboards_api.DashboardsApi(self.dashboards).routes(),
                 *self.slack.routes(),
                 *slack_chat.SlackChat(self.slack).routes(),
                 *self.pagerduty.routes(),
@@ -159,6 +163,21 @@ class Sandbox:
     def fivetran_url(self) -> str:
         """The base URL of Fivetran's API; the version is part of its paths."""
         return f"{self.url}{fivetran_api.PREFIX.removesuffix('/v1')}"
+
+    @property
+    def power_bi_url(self) -> str:
+        """The base URL of Power BI's API."""
+        return f"{self.url}{dashboards_api.POWER_BI}"
+
+    @property
+    def power_bi_login_url(self) -> str:
+        """Where Power BI's tokens are."""
+        return f"{self.url}{dashboards_api.POWER_BI_LOGIN}"
+
+    @property
+    def tableau_url(self) -> str:
+        """The address of the Tableau server."""
+        return f"{self.url}{dashboards_api.TABLEAU}"
 
     def slack_url(self, channel: str = catalog.DEFAULT_CHANNEL) -> str:
         """The incoming webhook of a channel.
@@ -206,6 +225,7 @@ class Sandbox:
         self.hightouch.stop()
         self.dbt_cloud.stop()
         self.fivetran.stop()
+        self.dashboards.stop()
 
     def __enter__(self) -> Self:
         return self.start()

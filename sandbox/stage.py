@@ -212,6 +212,7 @@ class Stage:
         from prefect_slack import SlackCredentials, SlackWebhook
 
         from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials, PagerDutyRouting
+        from blocks.dashboards import power_bi_refresh, tableau_extract_refresh
 
         AirbyteServer(
             base_url=f"{self.sandbox_url}/api/public/v1",
@@ -234,6 +235,20 @@ class Stage:
             account_id=catalog.DBT_CLOUD_ACCOUNT_ID,
             domain=self.sandbox_url,
         ).save("dbt-cloud", overwrite=True)
+        power_bi_refresh(
+            catalog.POWER_BI_TENANT,
+            catalog.POWER_BI_CLIENT_ID,
+            catalog.POWER_BI_CLIENT_SECRET,
+            base_url=f"{self.sandbox_url}/power_bi/v1.0/myorg",
+            login_url=f"{self.sandbox_url}/power_bi/login",
+            app_url=f"{self.sandbox_url}/power_bi/app",
+        ).save("power-bi", overwrite=True)
+        tableau_extract_refresh(
+            f"{self.sandbox_url}/tableau",
+            catalog.TABLEAU_TOKEN_NAME,
+            catalog.TABLEAU_TOKEN_SECRET,
+            site=catalog.TABLEAU_SITE,
+        ).save("tableau", overwrite=True)
         for channel, (webhook_id, secret) in catalog.WEBHOOKS.items():
             url = f"{self.sandbox_url}/services/{catalog.SLACK_TEAM}/{webhook_id}/{secret}"
             SlackWebhook(url=url).save(channel, overwrite=True)
