@@ -29,6 +29,9 @@ from tasks.dbt.lineage import Lineage, LineageNode
 from tasks.jobs import Parameters
 from tasks.tools import TOOLS
 
+ANY = "*"
+"""Stands for the connections of a selection."""
+
 
 class Failed(Exception):
     """A check failed; the message says what to do."""
@@ -117,7 +120,10 @@ def known_ids(prefect_file: Path) -> dict[str, set[str]]:
                 where = ".".join(str(part) for part in (name, *first["loc"]))
                 raise Failed(f"{where} of deployment {deployment['name']}: {first['msg']}") from None
             for request in requests:
-                known.setdefault(request.tool, set()).add(request.resource_id.casefold())
+                tool = TOOLS[request.tool]
+                # A selection stands for connections that only its vendor can tell.
+                id_ = request.resource_id.casefold() if request.tool == tool.name else ANY
+                known.setdefault(tool.name, set()).add(id_)
     return known
 
 
@@ -127,14 +133,14 @@ def ids(project: DbtProject, known: Mapping[str, set[str]]) -> str:
     for node in (*project.lineage.sources, *project.lineage.exposures):
         for tool, value in _named_by(node):
             count += 1
-            if value.casefold() not in known.get(tool, set()):
+            if not {value.casefold(), ANY} & known.get(tool, set()):
                 where = f"{node.resource_type} {node.name}: {TOOLS[tool].meta}"
                 raise Failed(f"{where} is {value}, which no deployment runs")
     return f"{count} ids in meta"
 
 
 def _named_by(node: LineageNode) -> Iterator[tuple[str, str]]:
-    for tool in TOOLS.values():
+    for tool in {tool.name: tool for tool in TOOLS.values()}.values():
         value = node.meta.get(tool.meta)
         for one in value if isinstance(value, list) else [value]:
             if one is not None:

@@ -154,7 +154,10 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
 
 def _feeds(sync: dict[str, Any], pipeline: Pipeline, lineage: Lineage) -> bool:
     """Whether a connection fills a source of the pipeline; one that no source names may fill any."""
-    key = TOOLS[sync["tool"]].meta
+    tool = TOOLS[sync["tool"]]
+    if sync["tool"] != tool.name:  # a selection: only its vendor can tell what is in it
+        return True
+    key = tool.meta
     named = lineage.sources_of(_resource_of(sync), key=key)
     if named:
         return bool(named & pipeline.nodes)
@@ -172,7 +175,8 @@ def _stands_on(activation: dict[str, Any], below: set[str], lineage: Lineage) ->
 
 
 def _resource_of(parameters: dict[str, Any]) -> str:
-    return str(next(value for name, value in parameters.items() if name.endswith("_id")))
+    ids = (value for name, value in parameters.items() if name.endswith("_id"))
+    return str(next(ids, parameters["tool"]))
 
 
 def _description(pipeline: Pipeline, syncs: list[dict[str, Any]], models: list[str]) -> str:

@@ -29,13 +29,15 @@ from flows.fan_out import (
     submit,
 )
 from flows.gate import Gate
+from flows.gates import check_gate_names, look_at_gates
 from flows.own_steps import run_after, run_before
-from flows.parameters import Activation, NotifyList, OwnStep, Sync, Transform
+from flows.parameters import Activation, GateCheck, NotifyList, OwnStep, Sync, Transform
 from flows.picture import picture
 from flows.report import EltReport, Step, StepState
 from flows.rules import AllowFailure, check_rule
 from tasks.cancellation import cancel_open_jobs
 from tasks.dbt.model import DbtBuildFailed, DbtNode, DbtPlan, DbtResult
+from tasks.gates import check_gates
 from tasks.jobs import Checked, EventLoopTaskRunner, limit_concurrency
 from tasks.steps import check_steps
 from tasks.tools import TRANSFORMS
@@ -57,6 +59,7 @@ def elt_chain(
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
     before: list[OwnStep] = [],  # noqa: B006 - as above
     after: list[OwnStep] = [],  # noqa: B006 - as above
+    gates: list[GateCheck] = [],  # noqa: B006 - as above
 ) -> EltReport:
     """Sync, transform, activate and tell, with failure following lineage.
 
@@ -73,6 +76,8 @@ def elt_chain(
             `{"required": [ids or names]}`. Only the final state depends on it.
         max_concurrency: How many tasks may run at the same time.
         before: Steps of your own before the syncs, one after the other. One that fails holds back the chain.
+        gates: What must hold of the data before it is built on, looked at when the syncs have ended. A gate
+            that stays shut holds back what is built on its connections, and counts as a failure.
         after: Steps of your own after the activations, one after the other: if all was done, or always.
 
     Returns:
@@ -93,13 +98,17 @@ def elt_chain(
         checking, checking_activations = Checking(syncs), Checking(activations)
         planning = submit(TRANSFORMS[transform.tool].plan, transform) if transform else None
         own_steps = submit(check_steps, [*before, *after]) if before or after else None
+        looking_at_gates = submit(check_gates, gates) if gates else None
         checked = checking.result(allow_failure)
         plan = planning.result() if planning else None
         checked_activations = checking_activations.result(allow_failure)
         telling.checked()
         if own_steps:
             own_steps.result()
+        if looking_at_gates:
+            looking_at_gates.result()
         jobs_asked_for = [found.request for found in (*checked, *checked_activations)]
+        check_gate_names(gates, jobs_asked_for)
         check_rule(allow_failure, ids_and_names([*before, *jobs_asked_for, *after]))
     except KNOWN_ERRORS as error:
         telling.refused(error)
@@ -109,7 +118,7 @@ def elt_chain(
     if trouble:
         report = _hold_all(checked, transform, plan, checked_activations, trouble)
     else:
-        report = _run_all(checked, transform, plan, checked_activations)
+        report = _run_all(checked, gates, transform, plan, checked_activations)
     steps += report.steps
     steps += run_after(after, steps)
     report = conclude(report.model_copy(update={"steps": steps}), allow_failure, began=began)
@@ -120,14 +129,16 @@ def elt_chain(
 
 def _run_all(
     syncs: Sequence[Checked[Any]],
+    gates: Sequence[GateCheck],
     transform: Transform | None,
     plan: DbtPlan | None,
     activations: Sequence[Checked[Any]],
 ) -> EltReport:
     """Syncs, transform and activations, each as far as what is before it went well."""
     jobs = run_each(syncs)
-    gate = Gate(plan, syncs, jobs)
-    steps = steps_of(jobs)
+    found, gate_steps = look_at_gates(gates, jobs)
+    gate = Gate(plan, syncs, jobs, found)
+    steps = [*steps_of(jobs), *gate_steps]
     nodes: list[DbtNode] = []
     if transform and plan:
         step, nodes = _transform(transform, plan, gate)
@@ -175,7 +186,7 @@ def _transform(dbt: Transform, plan: DbtPlan, gate: Gate) -> tuple[Step, list[Db
     message = found.message
     if exclude:
         late = ", ".join(job.name for job in gate.late)
-        message += f"; {len(gate.held_nodes())} more were not built, because {late} did not land"
+        message += f"; {len(gate.held_nodes())} more were not built, because of {late}"
     return _transform_step(dbt, plan, state, message, duration=found.duration), found.nodes
 
 

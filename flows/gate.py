@@ -9,6 +9,7 @@ from typing import Any
 from flows.report import Step, node_key
 from tasks.dbt.lineage import LineageNode, listed
 from tasks.dbt.model import DbtNode, DbtPlan, DbtState
+from tasks.gates import Finding
 from tasks.jobs import Checked, JobResult, Parameters
 from tasks.tools import TOOLS
 
@@ -23,11 +24,13 @@ class Gate:
         plan: What dbt would run, with the lineage; None for a chain without a transform.
         checked: The connections of the run.
         outcomes: How their syncs ended, in the same order.
+        findings: For which of them a gate stays shut: what is built on these is held back too.
     """
 
     plan: DbtPlan | None
     checked: Sequence[Checked[Any]]
     outcomes: Sequence[JobResult]
+    findings: Sequence[Finding] = ()
     failed_nodes: list[str] = field(default_factory=list)
     skipped_nodes: list[str] = field(default_factory=list)
     transform_trouble: str | None = None
@@ -48,7 +51,8 @@ class Gate:
                 if self.plan
                 else set()
             )
-        self.late = [job for job in self.outcomes if not job.good]
+        shut = {(finding.vendor, finding.resource_id) for finding in self.findings}
+        self.late = [job for job in self.outcomes if not job.good or (job.vendor, job.resource_id) in shut]
         self.late_sources: set[str] = set().union(*map(self.sources_of, self.late))
 
     def sources_of(self, job: JobResult | Step) -> set[str]:
@@ -71,7 +75,7 @@ class Gate:
             below = lineage.downstream(self.sources_of(job))
             for node in below.intersection(self.plan.selected):
                 if lineage.nodes[node].resource_type in _BUILT:
-                    held.setdefault(lineage.name_of(node), f"{job.name} did not land")
+                    held.setdefault(lineage.name_of(node), self._said([job]))
         return held
 
     def why_not_transform(self) -> str | None:
@@ -82,14 +86,27 @@ class Gate:
             them = "it" if len(blind) == 1 else "them"
             keys = " or ".join(sorted({f"meta.{TOOLS[job.vendor].meta}" for job in blind}))
             return (
-                f"{listed([job.name for job in blind])} did not land, and no dbt source names {them} "
+                f"{self._said(blind)}, and no dbt source names {them} "
                 f"({keys}) or has its schema and table, so everything may be built on it"
             )
         left = set(self.plan.selected) - self.plan.lineage.downstream(self.late_sources)
         if not left:
-            late = listed([job.name for job in self.late])
-            return f"all that is selected is built on {late}, which did not land"
+            return f"{self._said(self.late)}, and all that is selected is built on it"
         return None
+
+    @property
+    def _what(self) -> str:
+        parts = ["did not land"] if any(not job.good for job in self.late) else []
+        parts += ["did not pass the gate"] if any(job.good for job in self.late) else []
+        return " or ".join(parts)
+
+    def _said(self, late: Sequence[JobResult]) -> str:
+        """`orders did not land`, or that it landed and a gate stays shut for it."""
+        missing = [job.name for job in late if not job.good]
+        doubtful = [job.name for job in late if job.good]
+        parts = [f"{listed(missing)} did not land"] if missing else []
+        parts += [f"{listed(doubtful)} did not pass the gate"] if doubtful else []
+        return " and ".join(parts)
 
     def built(self, nodes: Sequence[DbtNode]) -> None:
         """Take in how the transform ended, node by node."""
@@ -107,7 +124,7 @@ class Gate:
 
     def why_not_activate(self, activation: Parameters) -> str | None:
         """Why an activation is held back; None if all that it is built on is fresh."""
-        late = f"{listed([job.name for job in self.late])} did not land" if self.late else None
+        late = self._said(self.late) if self.late else None
         if self.plan is None:
             return late
         if self.transform_trouble:
@@ -116,7 +133,7 @@ class Gate:
         exposure = self.exposure_of(activation)
         if exposure is not None:
             tainted = lineage.tainted(self.failed_nodes, self.skipped_nodes)
-            return lineage.why_held(exposure, self.late_sources, tainted)
+            return lineage.why_held(exposure, self.late_sources, tainted, what=self._what)
         trouble = late or ("the transform did not succeed" if self.failed_nodes else None)
         if trouble:
             key = TOOLS[activation.tool].meta

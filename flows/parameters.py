@@ -12,13 +12,14 @@ from tasks.airbyte import AirbyteConnections, AirbyteSync
 from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
 from tasks.fivetran import FivetranSync
+from tasks.gates import GateCheck
 from tasks.hightouch import HightouchSync
 from tasks.http_job import HttpJobRun
 from tasks.pagerduty import PagerDutyNotify
 from tasks.slack import SlackChannel, SlackNotify
 from tasks.steps import OwnStep
 
-__all__ = ["Activation", "Notify", "NotifyList", "OwnStep", "Sync", "Transform"]
+__all__ = ["Activation", "GateCheck", "Notify", "NotifyList", "OwnStep", "Sync", "Transform"]
 
 Sync = Annotated[AirbyteSync | AirbyteConnections | FivetranSync | HttpJobRun, Field(discriminator="tool")]
 """What loads a connection, or connections by tag."""

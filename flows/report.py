@@ -24,7 +24,7 @@ class StepState(StrEnum):
     HELD = "HELD"
 
 
-_TELLING = ("before", "transform", "after")
+_TELLING = ("before", "gate", "transform", "after")
 _MARKS = {
     StepState.SUCCEEDED: "✓",
     StepState.PARTIAL: "◐",
@@ -35,7 +35,7 @@ _MARKS = {
 }
 
 
-Kind = Literal["before", "sync", "transform", "activation", "after"]
+Kind = Literal["before", "sync", "gate", "transform", "activation", "after"]
 """Where in the chain a step is."""
 
 

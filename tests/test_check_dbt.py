@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deployments.check_dbt import Failed, known_ids
+from deployments.check_dbt import ANY, Failed, known_ids
 
 ROOT = Path(__file__).parent.parent
 PREFECT_FILE = ROOT / "deployments" / "prefect.yaml"
@@ -74,3 +74,13 @@ def test_parameters_that_are_no_parameters(tmp_path: Path) -> None:
     file.write_text(PREFECT_FILE.read_text().replace("7f1a6001-2013-4a00-8000-000000000001", "flights", 1))
     with pytest.raises(Failed, match=r"syncs\.0.* of deployment flights: .*not an Airbyte connection"):
         known_ids(file)
+
+
+def test_a_selection_may_stand_for_any_connection(tmp_path: Path) -> None:
+    """Where a deployment takes connections by tag, only the vendor can tell which ids there are."""
+    file = tmp_path / "prefect.yaml"
+    file.write_text(
+        "deployments: [{name: tagged, parameters: {syncs: "
+        "[{tool: airbyte-connections, server: airbyte, tags: [nightly]}]}}]"
+    )
+    assert known_ids(file) == {"airbyte": {ANY}}

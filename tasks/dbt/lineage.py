@@ -208,7 +208,12 @@ class Lineage:
         return node.parents[:1] if node.resource_type == "unit_test" else node.parents
 
     def why_held(
-        self, exposure: LineageNode | str, held: Iterable[str], tainted: Iterable[str]
+        self,
+        exposure: LineageNode | str,
+        held: Iterable[str],
+        tainted: Iterable[str],
+        *,
+        what: str = "did not land",
     ) -> str | None:
         """Why what hangs below the project must wait, in words; None if it need not.
 
@@ -216,12 +221,13 @@ class Lineage:
             exposure: The exposure, or its unique id.
             held: Unique ids of sources whose data did not land.
             tainted: Unique ids of nodes that must not be trusted, as `tainted` gives them.
+            what: What is wrong with the sources.
         """
         unique_id = exposure if isinstance(exposure, str) else exposure.unique_id
         above = self.upstream([unique_id])
         direct = set(self.parents(unique_id))
         if missing := above & set(held):
-            return self._because(missing, direct, "did not land")
+            return self._because(missing, direct, what)
         bad = {i for i in above & set(tainted) if self.nodes[i].resource_type not in _TESTS}
         roots = {i for i in bad if not bad.intersection(self.parents(i))}
         return self._because(roots, direct, "did not build cleanly") if roots else None

@@ -285,7 +285,7 @@ async def read_entries(flow_run_id: UUID | None, task_run_id: UUID | None = None
                 break
     latest: dict[str, Entry] = {}
     for artifact in artifacts:
-        for entry in _parse(artifact.data):
+        for entry in entries_of(artifact):
             if entry.key not in latest or entry.updated > latest[entry.key].updated:
                 latest[entry.key] = entry
     return list(latest.values())
@@ -325,7 +325,9 @@ def _page_text(entries: Iterable[Entry]) -> str:
     return "\n".join(lines) + f"\n\n<!-- journal {record} -->\n"
 
 
-def _parse(text: Any) -> list[Entry]:
+def entries_of(artifact: Artifact) -> list[Entry]:
+    """The entries of one page of a journal."""
+    text = artifact.data
     found = re.search(r"^<!-- journal (.*) -->$", text, re.MULTILINE) if isinstance(text, str) else None
     # One that can't be read fails the run: whoever starts jobs without knowing starts them twice.
     return _ENTRIES.validate_json(found.group(1)) if found else []

@@ -1,0 +1,263 @@
+"""Gates before the transform: is what has landed enough, and is it what it should be?
+
+A sync may succeed with nothing in it. A gate that stays shut holds back what is built on the connections that
+it is about, by lineage, as if they had not landed, and says what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Annotated, Any, Literal
+from uuid import UUID
+
+from prefect import task
+from prefect.cache_policies import NO_CACHE
+from prefect.runtime import flow_run, task_run
+from prefect_sqlalchemy import SqlAlchemyConnector
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    WithJsonSchema,
+    field_serializer,
+    model_validator,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from blocks.reference import block_name, load_block
+from tasks.jobs import JobResult, JobState, without_traceback
+from tasks.jobs.history import Resource, rows_of_earlier_runs
+
+
+class _Gate(BaseModel):
+    # pydantic's errors quote what they were given, and a database may be given with its password.
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    name: str = Field(default="", title="Name", description="For people; what is expected by default.")
+    connections: list[str] = Field(
+        default=[],
+        title="Connections",
+        description="Ids or names of the connections that it is about; empty: all of the run.",
+    )
+    owner: str | None = Field(
+        default=None, title="Owner", description="Who is told; the connection's owner by default."
+    )
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        raise NotImplementedError
+
+    def about(self, jobs: Sequence[JobResult]) -> list[JobResult]:
+        """The syncs that it is about."""
+        wanted = set(self.connections)
+        return [job for job in jobs if not wanted or {job.resource_id, job.name} & wanted]
+
+
+class RowsGate(_Gate):
+    """How many rows each sync must have moved.
+
+    A sync with a history of rows that now moved none, or far fewer than usual, did not do its work, whatever
+    its vendor says.
+    """
+
+    tool: Literal["rows"] = "rows"
+    at_least: int | None = Field(default=None, ge=0, title="At least", description="Rows.")
+    share_of_usual: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        title="Share of usual",
+        description="Of the median of the last good syncs; without a history everything passes.",
+    )
+    runs: int = Field(default=5, ge=1, le=50, title="Runs", description="How many syncs make what is usual.")
+
+    @model_validator(mode="after")
+    def _expects_something(self) -> RowsGate:
+        if self.at_least is None and self.share_of_usual is None:
+            raise ValueError("a gate of rows needs at_least, share_of_usual, or both")
+        return self
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return self.name or "rows"
+
+
+class SqlGate(_Gate):
+    """A question to the warehouse whose answer must be right.
+
+    The first value of the first row is compared; without a comparison, a row in the answer is a complaint.
+    """
+
+    tool: Literal["sql"] = "sql"
+    database: Annotated[
+        SqlAlchemyConnector | str,
+        # In a form and in a deployment it is the name; instances are for scripts.
+        WithJsonSchema({"type": "string", "description": "Name of a saved SQLAlchemy Connector block."}),
+    ] = Field(title="Database")
+    query: str = Field(min_length=1, title="Query")
+    at_least: float | None = Field(default=None, title="At least")
+    at_most: float | None = Field(default=None, title="At most")
+
+    @field_serializer("database")
+    def _by_name(self, database: SqlAlchemyConnector | str) -> str:
+        # What is stored with a flow run must hold no secret, and the block's URL is plain text.
+        return block_name(database, SqlAlchemyConnector) or "(a block that is not saved)"
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        short = " ".join(self.query.split())
+        return self.name or (short if len(short) <= 60 else f"{short[:59]}…")
+
+    @property
+    def expected(self) -> str:
+        """What the answer must be, in words."""
+        bounds = [
+            f"{words} {bound:,g}"
+            for words, bound in (("at least", self.at_least), ("at most", self.at_most))
+            if bound is not None
+        ]
+        return " and ".join(bounds) or "no row"
+
+
+GateCheck = Annotated[RowsGate | SqlGate, Field(discriminator="tool")]
+"""A gate before the transform."""
+
+
+class Finding(BaseModel):
+    """That a gate stays shut for a connection, and why.
+
+    Attributes:
+        gate: The gate's label.
+        vendor: The vendor of the connection.
+        resource_id: The connection.
+        name: The connection's name.
+        owner: Who is told.
+        message: What was expected and what was found.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    gate: str
+    vendor: str
+    resource_id: str
+    name: str
+    owner: str | None
+    message: str
+
+
+@task(name="check-gates", task_run_name="check gates", cache_policy=NO_CACHE)
+async def check_gates(gates: list[GateCheck]) -> None:
+    """See that every database block that a gate asks is saved, before anything is started.
+
+    Raises:
+        BlockNotFound: One is not.
+    """
+    without_traceback()
+    for gate in gates:
+        if isinstance(gate, SqlGate):
+            await load_block(SqlAlchemyConnector, gate.database)
+
+
+def _run_name() -> str:
+    gate = task_run.get_parameters().get("gate")
+    return f"gate: {gate.label}" if isinstance(gate, _Gate) else "gate"
+
+
+@task(name="gate", task_run_name=_run_name, cache_policy=NO_CACHE)
+async def look_at_gate(gate: GateCheck, jobs: list[JobResult]) -> list[Finding]:
+    """See whether a gate opens. Not kept for a retry: what is looked at may have changed.
+
+    Args:
+        gate: What is expected.
+        jobs: The syncs of the run.
+
+    Returns:
+        One finding per connection for which it stays shut; none where all is well. Syncs that did not end
+        well are not looked at: what is built on them is held back already.
+    """
+    without_traceback()
+    landed = [job for job in gate.about(jobs) if job.good]
+    if isinstance(gate, RowsGate):
+        found = await _rows(gate, landed)
+    else:
+        trouble = await _sql(gate)
+        found = {job.resource_id: trouble for job in landed} if trouble else {}
+    return [
+        Finding(
+            gate=gate.label,
+            vendor=job.vendor,
+            resource_id=job.resource_id,
+            name=job.name,
+            owner=gate.owner or job.owner,
+            message=found[job.resource_id],
+        )
+        for job in landed
+        if job.resource_id in found
+    ]
+
+
+async def _rows(gate: RowsGate, jobs: Sequence[JobResult]) -> dict[str, str]:
+    # A sync that a retry did not repeat has its rows too.
+    told = [job for job in jobs if job.state is not JobState.SKIPPED]
+    usual: Mapping[Resource, list[int]] = {}
+    if gate.share_of_usual is not None:
+        this_run = UUID(flow_run.id) if flow_run.id else None
+        wanted = {(job.vendor, job.resource_id) for job in told}
+        usual = await rows_of_earlier_runs(wanted, runs=gate.runs, but=this_run)
+    found: dict[str, str] = {}
+    for job in told:
+        rows = job.rows or 0
+        landed = (
+            f"{rows:,} rows landed" if job.rows is not None else f"{job.vendor} does not say how many rows"
+        )
+        history = usual.get((job.vendor, job.resource_id), [])
+        if gate.at_least is not None and rows < gate.at_least:
+            found[job.resource_id] = f"{landed}; at least {gate.at_least:,} were expected"
+        elif gate.share_of_usual is not None and history and rows < gate.share_of_usual * median(history):
+            runs = f"the last {len(history)} syncs" if len(history) > 1 else "the sync before"
+            found[job.resource_id] = (
+                f"{landed}; at least {gate.share_of_usual:.0%} of the usual {median(history):,.0f} were "
+                f"expected ({runs})"
+            )
+    return found
+
+
+async def _sql(gate: SqlGate) -> str | None:
+    connector = await load_block(SqlAlchemyConnector, gate.database)
+    try:
+        rows = await asyncio.to_thread(_ask, connector, gate.query)
+    except SQLAlchemyError as error:
+        # Its own text quotes the query and an address; the driver's says what is wrong.
+        reason = " ".join(str(getattr(error, "orig", None) or error).split())
+        return f"{gate.expected} was expected; the question could not be asked: {reason[:200]}"
+    if gate.at_least is None and gate.at_most is None:
+        if not rows:
+            return None
+        return f"no row was expected, {'one was' if len(rows) == 1 else 'some were'} found: {_shown(rows[0])}"
+    value = rows[0][0] if rows else None
+    try:
+        number = float(value)  # type: ignore[arg-type]  # the errors are what tells
+    except (TypeError, ValueError):
+        return f"{gate.expected} was expected, {'nothing' if value is None else repr(value)} was found"
+    low = gate.at_least is not None and number < gate.at_least
+    high = gate.at_most is not None and number > gate.at_most
+    return f"{gate.expected} was expected, {number:,g} was found" if low or high else None
+
+
+def _ask(connector: SqlAlchemyConnector, query: str) -> list[tuple[Any, ...]]:
+    engine = connector.get_engine()
+    try:
+        with engine.connect() as connection:
+            return [tuple(row) for row in connection.exec_driver_sql(query).fetchmany(2)]
+    finally:
+        engine.dispose()  # a DuckDB file that stays open can't be opened by dbt
+
+
+def _shown(row: tuple[Any, ...]) -> str:
+    text = ", ".join(str(value) for value in row)
+    return text if len(text) <= 100 else f"{text[:99]}…"

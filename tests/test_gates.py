@@ -1,0 +1,188 @@
+"""Gates before the transform: rows against the usual, questions to the warehouse, and what they hold back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from prefect.artifacts import acreate_markdown_artifact
+from prefect_sqlalchemy import SqlAlchemyConnector
+from pydantic import TypeAdapter, ValidationError
+
+from flows import RunFailed, StepState, elt_chain
+from flows.gates import check_gate_names
+from sandbox import Sandbox
+from tasks.gates import Finding, GateCheck, RowsGate, SqlGate, check_gates, look_at_gate
+from tasks.jobs import InputError, JobResult, JobState
+from tasks.jobs.history import rows_of_earlier_runs
+from tests.flows_fixtures import Runs, box, runs, sources, starts
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
+from tests.test_flows import _chain
+
+__all__ = ["box", "collected", "runs", "sources"]
+
+pytestmark = [
+    *PREFECTS_SOCKETS,
+    # Prefect's, on every line that a task outside of a flow logs.
+    pytest.mark.filterwarnings("ignore:.*without a flow run id:UserWarning"),
+]
+
+
+def job(rows: int | None, name: str = "orders", state: JobState = JobState.SUCCEEDED) -> JobResult:
+    return JobResult(
+        vendor="airbyte", resource_id=f"id-{name}", name=name, owner="sales", state=state, rows=rows
+    )
+
+
+async def messages(gate: Any, *jobs: JobResult) -> list[str]:
+    found: list[Finding] = await look_at_gate(gate, list(jobs))
+    return [f"{finding.name}: {finding.message}" for finding in found]
+
+
+async def test_rows_at_least() -> None:
+    """Too few rows keep the gate shut, also where the vendor tells none; failed syncs are not asked."""
+    gate = RowsGate(at_least=10)
+    found = await messages(gate, job(10), job(9, "a"), job(None, "b"), job(0, "c", JobState.FAILED))
+    assert found == [
+        "a: 9 rows landed; at least 10 were expected",
+        "b: airbyte does not say how many rows; at least 10 were expected",
+    ]
+
+
+async def test_a_gate_about_some() -> None:
+    """A gate looks only at the connections that it is about, by id or by name."""
+    gate = RowsGate(at_least=1, connections=["a", "id-b"])
+    found = await messages(gate, job(0), job(0, "a"), job(0, "b"))
+    assert [text.split(":")[0] for text in found] == ["a", "b"]
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> SqlAlchemyConnector:
+    return SqlAlchemyConnector(connection_info=f"duckdb:///{tmp_path}/w.duckdb")
+
+
+@pytest.mark.parametrize(
+    ("query", "bounds", "says"),
+    [
+        ("SELECT 5", {"at_least": 5}, None),
+        ("SELECT 4", {"at_least": 5}, "at least 5 was expected, 4 was found"),
+        ("SELECT 1200", {"at_least": 5, "at_most": 1000}, "at least 5 and at most 1,000 was expected, 1,200"),
+        ("SELECT NULL", {"at_most": 5}, "at most 5 was expected, nothing was found"),
+        ("SELECT 'many'", {"at_most": 5}, "at most 5 was expected, 'many' was found"),
+        ("SELECT 1 WHERE false", {}, None),
+        ("SELECT 7, 'x'", {}, "no row was expected, one was found: 7, x"),
+        (
+            "SELECT n FROM nowhere",
+            {},
+            "the question could not be asked: Catalog Error: Table with name nowhere",
+        ),
+    ],
+)
+async def test_questions(
+    database: SqlAlchemyConnector, query: str, bounds: dict[str, float], says: str | None
+) -> None:
+    """An answer out of bounds, or none at all, keeps the gate shut, with what was expected and found."""
+    found = await messages(SqlGate(database=database, query=query, **bounds), job(1))
+    if says is None:
+        assert found == []
+    else:
+        (message,) = found
+        assert says in message
+
+
+async def _journal(rows: int, name: str, state: str = "SUCCEEDED", operation: str = "sync") -> None:
+    entry = {
+        "key": f"airbyte:{operation}:id-{name}",
+        "vendor": "airbyte",
+        "resource_id": f"id-{name}",
+        "name": name,
+        "since": "2026-01-01T00:00:00Z",
+        "result": {
+            "vendor": "airbyte",
+            "resource_id": f"id-{name}",
+            "name": name,
+            "state": state,
+            "rows": rows,
+        },
+    }
+    text = TypeAdapter(list[Any]).dump_json([entry]).decode()
+    await acreate_markdown_artifact(f"<!-- journal {text} -->", key="elt-jobs")
+
+
+@pytest.mark.filterwarnings("ignore:Artifact creation outside:FutureWarning")
+async def test_what_is_usual() -> None:
+    """Only good syncs count for what is usual, the newest first."""
+    name = f"usual-{uuid4()}"
+    for rows in (100, 110, 90):
+        await _journal(rows, name)
+    await _journal(7, name, state="FAILED")
+    await _journal(5, name, operation="clear")
+    await _journal(0, name)  # else a source that stays empty would be usual before long
+    resource = ("airbyte", f"id-{name}")
+    assert await rows_of_earlier_runs([resource], runs=2, but=None) == {resource: [90, 110]}
+    gate = RowsGate(share_of_usual=0.5, runs=5)
+    assert await messages(gate, job(50, name), job(0, "never-seen-before")) == []
+    (message,) = await messages(gate, job(49, name))
+    assert message.endswith("49 rows landed; at least 50% of the usual 100 were expected (the last 3 syncs)")
+
+
+def test_a_sync_that_succeeded_with_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
+    """A sync that has a history and succeeds with no rows holds back what is built on it, and only that."""
+    parameters = _chain(box, tmp_path / "dbt", gates=[{"tool": "rows", "share_of_usual": 0.5}])
+    first = runs.run(elt_chain, runs.create(elt_chain, parameters)).result()
+    assert [(s.kind, s.state) for s in first.steps if s.kind == "gate"] == [("gate", StepState.SUCCEEDED)]
+
+    box.airbyte.set("airports", outcome="zero_rows")
+    run_id = runs.create(elt_chain, {**parameters, "allow_failure": "none"})
+    with pytest.raises(RunFailed) as caught:
+        runs.run(elt_chain, run_id).result()
+    report: Any = caught.value.report
+    (gate,) = report.of("gate")
+    assert (gate.state, gate.name, gate.owner) == (
+        StepState.FAILED,
+        "rows of airports",
+        "reference-data",
+    )
+    assert "0 rows landed; at least 50% of the usual 1,458 were expected" in gate.message
+    assert {node.name for node in report.nodes if node.resource_type == "model"} == {"carriers"}
+    assert report.held_nodes == {"places": "airports did not pass the gate"}
+    carriers, places = report.of("activation")
+    assert (carriers.state, places.state) == (StepState.SUCCEEDED, StepState.HELD)
+    assert places.message == "airports did not pass the gate, and places is built on it"
+
+    box.airbyte.set("airports", outcome="succeed")
+    again = {**parameters, "allow_failure": "none"}
+    assert runs.run(elt_chain, runs.create(elt_chain, again)).result().complete
+
+
+def test_a_gate_about_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
+    """A gate about a connection that is not in the run, or with an unsaved database, starts nothing."""
+    with pytest.raises(InputError, match=r"is about people, which is not in this run. In it are: \."):
+        check_gate_names([RowsGate(at_least=1, connections=["people"])], [])
+    gate = {"tool": "sql", "database": "nowhere", "query": "SELECT 1"}
+    state = runs.run(elt_chain, runs.create(elt_chain, _chain(box, tmp_path / "dbt", gates=[gate])))
+    assert state.name == "Failed"
+    assert "'nowhere'" in (state.message or "")
+    assert starts(box) == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"tool": "rows"}, "needs at_least, share_of_usual, or both"),
+        ({"tool": "rows", "share_of_usual": 1.5}, "less than or equal to 1"),
+        ({"tool": "sql", "database": "w", "query": ""}, "at least 1 character"),
+        ({"tool": "sql", "database": "w", "query": "x", "atleast": 1}, "Extra inputs"),
+    ],
+)
+def test_gates_that_make_no_sense(fields: dict[str, Any], says: str) -> None:
+    """A gate that could never shut is refused when it is written down."""
+    with pytest.raises(ValidationError, match=says):
+        TypeAdapter(GateCheck).validate_python(fields)
+
+
+async def test_gates_are_checked(database: SqlAlchemyConnector) -> None:
+    """A gate with a database at hand passes the check."""
+    await check_gates([SqlGate(database=database, query="SELECT 1"), RowsGate(at_least=1)])
