@@ -128,6 +128,8 @@ def bulletin(report: Report, *, pipeline: str, occasion: str) -> Bulletin:
         if step.good or of_nodes:  # dbt did run, whatever it found
             fine.append(step.key)
     fine += [node_key(node.unique_id) for node in nodes if node.state in _WELL]
+    if isinstance(report, EltReport):
+        fine += report.passed
     return Bulletin(
         pipeline=pipeline,
         run=report.flow_run_name,

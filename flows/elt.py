@@ -136,16 +136,23 @@ def _run_all(
 ) -> EltReport:
     """Syncs, transform and activations, each as far as what is before it went well."""
     jobs = run_each(syncs)
-    found, gate_steps = look_at_gates(gates, jobs)
-    gate = Gate(plan, syncs, jobs, found)
-    steps = [*steps_of(jobs), *gate_steps]
+    looked = look_at_gates(gates, jobs)
+    gate = Gate(plan, syncs, jobs, looked.findings)
+    steps = [*steps_of(jobs), *looked.steps]
     nodes: list[DbtNode] = []
     if transform and plan:
         step, nodes = _transform(transform, plan, gate)
         steps.append(step)
     steps += _activate(activations, gate)
     boxes, edges = picture(gate, steps, [found.request for found in activations], nodes)
-    return EltReport(steps=steps, nodes=nodes, held_nodes=gate.held_nodes(), boxes=boxes, edges=edges)
+    return EltReport(
+        steps=steps,
+        nodes=nodes,
+        held_nodes=gate.held_nodes(),
+        passed=looked.passed,
+        boxes=boxes,
+        edges=edges,
+    )
 
 
 def _hold_all(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefect.logging import get_run_logger
@@ -28,52 +29,61 @@ def check_gate_names(gates: Sequence[GateCheck], requests: Sequence[Request]) ->
             )
 
 
-def look_at_gates(gates: Sequence[GateCheck], jobs: Sequence[JobResult]) -> tuple[list[Finding], list[Step]]:
+@dataclass
+class Looked:
+    """What came of the gates.
+
+    Attributes:
+        findings: For which connections one stays shut.
+        steps: The steps of the report: one per finding, one per gate that is open.
+        passed: The keys that findings about connections would have that have passed.
+    """
+
+    findings: list[Finding] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
+    passed: list[str] = field(default_factory=list)
+
+
+def look_at_gates(gates: Sequence[GateCheck], jobs: Sequence[JobResult]) -> Looked:
     """Look at all gates at the same time.
 
-    Returns:
-        For which connections one stays shut, and the steps of the report. A gate that could not be looked at
-        stays shut for all that it is about.
+    A gate that could not be looked at stays shut for all that it is about.
     """
     looks = [submit(look_at_gate, gate, list(jobs)) for gate in gates]
-    findings: list[Finding] = []
-    steps: list[Step] = []
+    looked = Looked()
     for gate, look in zip(gates, looks, strict=True):
         answer: Any = look.result(raise_on_failure=False)
         found = answer if isinstance(answer, list) else _blind(gate, jobs, answer)
-        findings += found
-        steps += [_step(gate, finding) for finding in found]
-        if not found:
-            steps.append(
-                Step(
-                    kind="gate",
-                    tool=gate.tool,
-                    resource_id=gate.label,
-                    name=gate.label,
-                    owner=gate.owner,
-                    state=StepState.SUCCEEDED,
-                )
-            )
-    return findings, steps
+        for finding in found:
+            get_run_logger().warning("%s, %s: %s", finding.name, finding.gate, finding.message)
+        looked.findings += found
+        looked.steps += [_shut(gate, finding) for finding in found] or [_open(gate)]
+        shut = {(finding.vendor, finding.resource_id) for finding in found}
+        looked.passed += [
+            _shut(gate, Finding.of(gate, job, "")).key
+            for job in gate.about(jobs)
+            if job.good and (job.vendor, job.resource_id) not in shut
+        ]
+    return looked
+
+
+def _open(gate: GateCheck) -> Step:
+    return Step(
+        kind="gate",
+        tool=gate.tool,
+        resource_id=gate.label,
+        name=gate.label,
+        owner=gate.owner,
+        state=StepState.SUCCEEDED,
+    )
 
 
 def _blind(gate: GateCheck, jobs: Sequence[JobResult], error: Any) -> list[Finding]:
-    return [
-        Finding(
-            gate=gate.label,
-            vendor=job.vendor,
-            resource_id=job.resource_id,
-            name=job.name,
-            owner=gate.owner or job.owner,
-            message=f"the gate could not be looked at: {error}",
-        )
-        for job in gate.about(jobs)
-        if job.good
-    ]
+    why = f"the gate could not be looked at: {error}"
+    return [Finding.of(gate, job, why) for job in gate.about(jobs) if job.good]
 
 
-def _step(gate: GateCheck, finding: Finding) -> Step:
-    get_run_logger().warning("%s, %s: %s", finding.name, finding.gate, finding.message)
+def _shut(gate: GateCheck, finding: Finding) -> Step:
     return Step(
         kind="gate",
         tool=gate.tool,

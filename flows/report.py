@@ -211,12 +211,14 @@ class EltReport(Report):
     Attributes:
         nodes: Every dbt node that ran, with its state.
         held_nodes: Names of the dbt nodes that were not built, with the reason.
+        passed: Keys of what passed a gate: an incident that is open for one of them is over.
         boxes: The picture's boxes, from connections to activations: id to label and class.
         edges: Its lines.
     """
 
     nodes: list[DbtNode] = []
     held_nodes: dict[str, str] = {}
+    passed: list[str] = []
     boxes: dict[str, tuple[str, str]] = {}
     edges: list[Edge] = []
 

@@ -149,6 +149,18 @@ class Finding(BaseModel):
     owner: str | None
     message: str
 
+    @classmethod
+    def of(cls, gate: RowsGate | SqlGate, job: JobResult, message: str) -> Finding:
+        """What a gate has to say of a sync."""
+        return cls(
+            gate=gate.label,
+            vendor=job.vendor,
+            resource_id=job.resource_id,
+            name=job.name,
+            owner=gate.owner or job.owner,
+            message=message,
+        )
+
 
 @task(name="check-gates", task_run_name="check gates", cache_policy=NO_CACHE)
 async def check_gates(gates: list[GateCheck]) -> None:
@@ -187,18 +199,7 @@ async def look_at_gate(gate: GateCheck, jobs: list[JobResult]) -> list[Finding]:
     else:
         trouble = await _sql(gate)
         found = {job.resource_id: trouble for job in landed} if trouble else {}
-    return [
-        Finding(
-            gate=gate.label,
-            vendor=job.vendor,
-            resource_id=job.resource_id,
-            name=job.name,
-            owner=gate.owner or job.owner,
-            message=found[job.resource_id],
-        )
-        for job in landed
-        if job.resource_id in found
-    ]
+    return [Finding.of(gate, job, found[job.resource_id]) for job in landed if job.resource_id in found]
 
 
 async def _rows(gate: RowsGate, jobs: Sequence[JobResult]) -> dict[str, str]:
