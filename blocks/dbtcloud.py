@@ -156,9 +156,9 @@ class JobSettings(BaseModel):
 
 
 class Job(BaseModel):
-    """A job definition; only what is used here."""
+    """A job definition; only what is used here. With a run it comes without its id."""
 
-    id: int
+    id: int | None = None
     name: str = ""
     state: int | None = None
     execute_steps: list[str] | None = None
@@ -285,7 +285,7 @@ class DbtCloudApi(ApiClient):
         super().__init__(
             "dbt Cloud",
             f"{web}/api/v2/accounts/{credentials.account_id}",
-            headers={"Authorization": f"Token {token}"},
+            headers={"Authorization": f"Bearer {token}"},
             rate=_REQUESTS,
             secrets=[token],
         )
@@ -399,10 +399,9 @@ class DbtCloudApi(ApiClient):
             last = page[-1].id
         return list(found.values())
 
-    async def artifacts(self, run_id: str, step: int | None = None) -> list[str]:
-        """The paths of the files that a run left; of its last step, or of one step."""
-        params = {"step": step} if step is not None else None
-        return self._open(await self.get(f"/runs/{run_id}/artifacts/", _NAMES, params))
+    async def artifacts(self, run_id: str) -> list[str]:
+        """The paths of the files that a run left in its last step."""
+        return self._open(await self.get(f"/runs/{run_id}/artifacts/", _NAMES))
 
     async def artifact(self, run_id: str, path: str, step: int | None = None) -> bytes | None:
         """A file that a run left, as it is; None if there is none, which is common."""

@@ -13,7 +13,8 @@ import orjson
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.types import Receive, Scope, Send
 
 from sandbox import catalog
 from sandbox.dbt_cloud import DbtCloud, Job, NotRetriable, Run
@@ -67,25 +68,35 @@ class DbtCloudApi:
         self.dbt_cloud = dbt_cloud
         self._recent: deque[float] = deque()
 
-    def routes(self) -> list[Route]:
-        """All routes. A path without its slash redirects (GET) or is not there (POST)."""
-        return [
-            *self._route("/jobs/", self.list_jobs, "GET"),
-            *self._route("/jobs/{job:int}/", self.get_job, "GET"),
-            *self._route("/jobs/{job:int}/run/", self.trigger, "POST"),
-            *self._route("/jobs/{job:int}/rerun/", self.rerun, "POST"),
-            *self._route("/jobs/{job:int}/artifacts/{path:path}", self.job_artifact, "GET"),
-            *self._route("/runs/", self.list_runs, "GET"),
-            *self._route("/runs/{run:int}/", self.get_run, "GET"),
-            *self._route("/runs/{run:int}/cancel/", self.cancel, "POST"),
-            *self._route("/runs/{run:int}/retry/", self.retry, "POST"),
-            *self._route("/runs/{run:int}/retry/", self.failure, "GET"),
-            *self._route("/runs/{run:int}/artifacts/", self.list_artifacts, "GET"),
-            *self._route("/runs/{run:int}/artifacts/{path:path}", self.artifact, "GET"),
-            Route("/api/v2/{rest:path}", self._nothing, methods=["GET", "POST", "PATCH", "DELETE"]),
+    def routes(self) -> list[BaseRoute]:
+        """All routes, and last what else may be asked for below them."""
+        routes = [
+            self._route("/jobs/", self.list_jobs, "GET"),
+            self._route("/jobs/{job:int}/", self.get_job, "GET"),
+            self._route("/jobs/{job:int}/run/", self.trigger, "POST"),
+            self._route("/jobs/{job:int}/rerun/", self.rerun, "POST"),
+            self._route("/jobs/{job:int}/artifacts/{path:path}", self.job_artifact, "GET"),
+            self._route("/runs/", self.list_runs, "GET"),
+            self._route("/runs/{run:int}/", self.get_run, "GET"),
+            self._route("/runs/{run:int}/cancel/", self.cancel, "POST"),
+            self._route("/runs/{run:int}/retry/", self.retry, "POST"),
+            self._route("/runs/{run:int}/retry/", self.failure, "GET"),
+            self._route("/runs/{run:int}/artifacts/", self.list_artifacts, "GET"),
+            self._route("/runs/{run:int}/artifacts/{path:path}", self.artifact, "GET"),
         ]
 
-    def _route(self, path: str, handler: Callable[[Request], Awaitable[Any]], method: str) -> list[Route]:
+        async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
+            """A path without its slash redirects (GET) or is not there (POST), as all else is not."""
+            path: str = scope["path"]
+            known = any(route.path_regex.match(f"{path}/") for route in routes)
+            reply: Response = _reply(404, None, message="The requested resource was not found.")
+            if known and scope["method"] == "GET":
+                reply = RedirectResponse(f"{path}/", 301)
+            await reply(scope, receive, send)
+
+        return [*routes, Mount("/api/v2", app=elsewhere)]
+
+    def _route(self, path: str, handler: Callable[[Request], Awaitable[Any]], method: str) -> Route:
         async def endpoint(request: Request) -> Response:
             try:
                 self._admit(request)
@@ -96,16 +107,7 @@ class DbtCloudApi:
                 return found
             return _reply(200, *found) if isinstance(found, tuple) else _reply(200, found)
 
-        async def redirect(request: Request) -> Response:
-            return RedirectResponse(f"{request.url.path}/", 301)
-
-        routes = [Route(PREFIX + path, endpoint, methods=[method])]
-        if path.endswith("/") and method == "GET":
-            routes.append(Route((PREFIX + path).rstrip("/"), redirect, methods=["GET"]))
-        return routes
-
-    async def _nothing(self, request: Request) -> Response:
-        return _reply(404, None, message="The requested resource was not found. Please check the URL.")
+        return Route(PREFIX + path, endpoint, methods=[method])
 
     def _admit(self, request: Request) -> None:
         """Let a request in that has the token, is for our account and keeps to the rate limit."""

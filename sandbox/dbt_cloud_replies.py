@@ -75,6 +75,16 @@ def job_reply(job: Job) -> dict[str, Any]:
     }
 
 
+def _job_of_run(job: Job) -> dict[str, Any]:
+    """The job as InternalJobDefinition, which has no id."""
+    same = ("account_id", "project_id", "environment_id", "name", "description", "execute_steps", "execution")
+    more = ("generate_docs", "run_generate_sources", "settings", "state", "triggers", "job_type")
+    definition = job_reply(job)
+    return {name: definition[name] for name in same + more} | dict.fromkeys(
+        ("lifecycle_webhooks", "run_compare_changes", "run_lint", "errors_on_lint_failure"), False
+    )
+
+
 def run_reply(run: Run, request: Request, *, related: tuple[str, ...] = ()) -> dict[str, Any]:
     """The run as RunResponse."""
     word, since, final = run.at()
@@ -123,16 +133,7 @@ def run_reply(run: Run, request: Request, *, related: tuple[str, ...] = ()) -> d
             **run.overrides,
         }
     if "job" in related:
-        reply["job"] = {
-            key: value
-            for key, value in job_reply(run.job).items()
-            if key not in ("account", "project", "environment")
-        } | {
-            "lifecycle_webhooks": False,
-            "run_compare_changes": False,
-            "run_lint": False,
-            "errors_on_lint_failure": True,
-        }
+        reply["job"] = _job_of_run(run.job)
     if "run_steps" in related:
         reply["run_steps"] = [
             _step(run, number, debug="debug_logs" in related) for number in range(len(run.steps))
@@ -152,7 +153,6 @@ def _step(run: Run, number: int, *, debug: bool) -> dict[str, Any]:
         status = int(CANCELLED)
     logs = step.logs if run.shows(run.behaviour.logs_delay) else ""
     return {
-        "id": run.run_id * 100 + step.index,
         "run_id": run.run_id,
         "account_id": catalog.DBT_CLOUD_ACCOUNT_ID,
         "index": step.index,
@@ -161,7 +161,6 @@ def _step(run: Run, number: int, *, debug: bool) -> dict[str, Any]:
         "status_humanized": _HUMAN[status],
         "logs": logs,
         "debug_logs": logs if debug else logs[-1000:],
-        "truncated_debug_logs": "",
     }
 
 

@@ -92,22 +92,28 @@ async def _files(api: DbtCloudApi, run: Run) -> tuple[list[RunResults], bytes | 
     """The run results of each step, and the last manifest."""
     # By default the API gives those of the last step, and of a job with several commands that is a part.
     steps: Sequence[RunStep | None] = [step for step in run.run_steps or [] if _ran_nodes(step)] or [None]
+    expected = steps != [None]
     deadline = time.monotonic() + ARTIFACTS_PATIENCE
     while True:
-        found: list[RunResults] = []
-        manifest: bytes | None = None
-        for step in steps:
-            index = step.index if step else None
-            names = await api.artifacts(str(run.id), index)
-            if RESULTS in names and (results := await _results(api, run, index)):
-                found.append(results)
-            if MANIFEST in names:
-                manifest = await api.artifact(str(run.id), MANIFEST, index) or manifest
-        late = not found and steps != [None] and not run.artifacts_saved
-        if not late or time.monotonic() >= deadline:
-            return found, manifest
+        last = not expected or run.artifacts_saved or time.monotonic() >= deadline
+        # The list is of the last step, which may have left nothing where an earlier one did.
+        if await api.artifacts(str(run.id)) or (last and expected):
+            indexes = [step.index if step else None for step in steps]
+            found = [one for index in indexes if (one := await _results(api, run, index))]
+            if found or last:
+                return found, await _last_manifest(api, run, indexes)
+        elif last:
+            return [], None
         await asyncio.sleep(0.5)
         run = run.model_copy(update={"artifacts_saved": (await api.run(str(run.id))).artifacts_saved})
+
+
+async def _last_manifest(api: DbtCloudApi, run: Run, indexes: Sequence[int | None]) -> bytes | None:
+    # It may have tens of megabytes: one is enough.
+    for index in reversed(indexes):
+        if content := await api.artifact(str(run.id), MANIFEST, index):
+            return content
+    return None
 
 
 def _ran_nodes(step: RunStep) -> bool:
