@@ -88,9 +88,11 @@ class DbtCloudApi:
         async def elsewhere(scope: Scope, receive: Receive, send: Send) -> None:
             """A path without its slash redirects (GET) or is not there (POST), as all else is not."""
             path: str = scope["path"]
-            known = any(route.path_regex.match(f"{path}/") for route in routes)
+            method: str = scope["method"]
             reply: Response = _reply(404, None, message="The requested resource was not found.")
-            if known and scope["method"] == "GET":
+            if any(route.path_regex.match(path) for route in routes):
+                reply = _reply(405, None, message=f"Method {method} not allowed.")
+            elif method == "GET" and any(route.path_regex.match(f"{path}/") for route in routes):
                 reply = RedirectResponse(f"{path}/", 301)
             await reply(scope, receive, send)
 

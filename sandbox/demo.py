@@ -58,7 +58,7 @@ def run_demo(args: argparse.Namespace) -> int:
         os.environ.update(_QUIET)
         _say(began, f"Prefect  {stage.prefect_url}" + ("  (that of `make ui`)" if stage.shared else ""))
         _say(began, f"sandbox  {stage.sandbox_url}")
-        stage.save_blocks()
+        stage.save_blocks(dbt_cloud=False)  # the demo builds with dbt Core
         for name in args.fail:
             stage.control("PATCH", f"/connections/{name}", {"outcome": "fail", "times": 1})
             _say(began, f"the {name} connection will fail once")

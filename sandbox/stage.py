@@ -206,9 +206,12 @@ class Stage:
         posted: list[dict[str, Any]] = self.control("GET", "/slack/messages")["data"]
         return posted
 
-    def save_blocks(self) -> None:
-        """Save the blocks that flows and deployments name: the vendors' accounts and the Slack channels."""
-        from prefect_dbt.cloud import DbtCloudCredentials
+    def save_blocks(self, *, dbt_cloud: bool = True) -> None:
+        """Save the blocks that flows and deployments name: the vendors' accounts and the Slack channels.
+
+        Args:
+            dbt_cloud: dbt Cloud's too, which is prefect-dbt's block: importing that takes seconds.
+        """
         from prefect_slack import SlackCredentials, SlackWebhook
 
         from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials, PagerDutyRouting
@@ -230,11 +233,6 @@ class Stage:
             base_url=f"{self.sandbox_url}/fivetran",
             app_url=f"{self.sandbox_url}/fivetran",
         ).save("fivetran", overwrite=True)
-        DbtCloudCredentials(
-            api_key=catalog.DBT_CLOUD_TOKEN,
-            account_id=catalog.DBT_CLOUD_ACCOUNT_ID,
-            domain=self.sandbox_url,
-        ).save("dbt-cloud", overwrite=True)
         power_bi_refresh(
             catalog.POWER_BI_TENANT,
             catalog.POWER_BI_CLIENT_ID,
@@ -257,6 +255,14 @@ class Stage:
             PagerDutyRouting(routing_key=key, base_url=f"{self.sandbox_url}/pagerduty/v2").save(
                 service, overwrite=True
             )
+        if dbt_cloud:
+            from prefect_dbt.cloud import DbtCloudCredentials
+
+            DbtCloudCredentials(
+                api_key=catalog.DBT_CLOUD_TOKEN,
+                account_id=catalog.DBT_CLOUD_ACCOUNT_ID,
+                domain=self.sandbox_url,
+            ).save("dbt-cloud", overwrite=True)
 
 
 def _port(url: str) -> int:

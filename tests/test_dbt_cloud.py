@@ -35,7 +35,7 @@ from tests.jobs_fixtures import until
 
 __all__ = ["cloud", "collected"]
 
-pytestmark = PREFECTS_SOCKETS
+pytestmark = [*PREFECTS_SOCKETS, pytest.mark.no_server]
 
 
 # -- states
