@@ -51,15 +51,15 @@ from tasks.tools import TRANSFORMS
     on_failure=[tell_of_end],
 )
 def elt_chain(
-    syncs: list[Sync],
+    syncs: Sequence[Sync],
     transform: Transform | None = None,
-    activations: list[Activation] = [],  # noqa: B006 - never changed; a form shows it as an empty list
+    activations: Sequence[Activation] = (),
     notify: NotifyList = [],  # noqa: B006
     allow_failure: AllowFailure = "none",
+    gates: Sequence[GateCheck] = (),
+    before: Sequence[OwnStep] = (),
+    after: Sequence[OwnStep] = (),
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
-    before: list[OwnStep] = [],  # noqa: B006 - as above
-    after: list[OwnStep] = [],  # noqa: B006 - as above
-    gates: list[GateCheck] = [],  # noqa: B006 - as above
 ) -> EltReport:
     """Sync, transform, activate and tell, with failure following lineage.
 
@@ -74,11 +74,11 @@ def elt_chain(
         notify: Who is told of what fails and of its recovery, on Slack and PagerDuty.
         allow_failure: How much failure the run may bear: `none`, `any`, `{"at_most": n}` or
             `{"required": [ids or names]}`. Only the final state depends on it.
-        max_concurrency: How many tasks may run at the same time.
-        before: Steps of your own before the syncs, one after the other. One that fails holds back the chain.
         gates: What must hold of the data before it is built on, looked at when the syncs have ended. A gate
             that stays shut holds back what is built on its connections, and counts as a failure.
+        before: Steps of your own before the syncs, one after the other. One that fails holds back the chain.
         after: Steps of your own after the activations, one after the other: if all was done, or always.
+        max_concurrency: How many tasks may run at the same time.
 
     Returns:
         Every step with its outcome. The run is Completed if everything was done, and PartiallyRefreshed (a
@@ -98,7 +98,7 @@ def elt_chain(
         checking, checking_activations = Checking(syncs), Checking(activations)
         planning = submit(TRANSFORMS[transform.tool].plan, transform) if transform else None
         own_steps = submit(check_steps, [*before, *after]) if before or after else None
-        looking_at_gates = submit(check_gates, gates) if gates else None
+        looking_at_gates = submit(check_gates, list(gates)) if gates else None
         checked = checking.result(allow_failure)
         plan = planning.result() if planning else None
         checked_activations = checking_activations.result(allow_failure)

@@ -6,6 +6,7 @@ connections are on.
 
 # No `from __future__ import annotations` here: `serve()` sends the flow to its process as a pickle, in which
 # the types of its parameters are found only if they are more than text.
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Annotated
 
@@ -40,7 +41,7 @@ from tasks.jobs import EventLoopTaskRunner, limit_concurrency
     on_failure=[tell_of_end],
 )
 def sync_connections(
-    syncs: list[Sync],
+    syncs: Sequence[Sync],
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
     allow_failure: AllowFailure = "none",
     notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
