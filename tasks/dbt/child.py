@@ -17,6 +17,7 @@ import json
 import os
 import re
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -43,6 +44,43 @@ def record_of(result: Any) -> dict[str, Any]:
         "rows": rows_of(str(node.resource_type), response, message),
         "compiled_path": getattr(node, "compiled_path", None),
         "group": getattr(node, "group", None) or getattr(config, "group", None),
+        "batches": batches_of(result),
+    }
+
+
+def freshness_of(result: Any) -> dict[str, Any]:
+    """What dbt found out about a source.
+
+    Not read from `sources.json`: what could not be looked at (no such table) is not in it.
+    """
+    loaded, age = getattr(result, "max_loaded_at", None), getattr(result, "age", None)
+    threshold = result.node.freshness
+    return {
+        **record_of(result),
+        "name": f"{result.node.source_name}.{result.node.name}",
+        "loaded_at": loaded.isoformat() if loaded is not None else None,
+        "age": float(age) if age is not None else None,
+        "warn_after": seconds_of(getattr(threshold, "warn_after", None)),
+        "error_after": seconds_of(getattr(threshold, "error_after", None)),
+        "owner": (result.node.meta or {}).get("owner"),
+    }
+
+
+def seconds_of(time: Any) -> float | None:
+    """A threshold of dbt's in seconds; None if there is none."""
+    if time is None or not time.count or not time.period:
+        return None
+    return float(time.count) * {"minute": 60, "hour": 3600, "day": 86400}[str(time.period)]
+
+
+def batches_of(result: Any) -> dict[str, Any] | None:
+    """Which batches of a microbatch model are done, if some are and some are not."""
+    found = getattr(result, "batch_results", None)
+    if found is None or not found.successful or not found.failed:
+        return None
+    return {
+        how: [[moment.isoformat() for moment in batch] for batch in getattr(found, how)]
+        for how in ("successful", "failed")
     }
 
 
@@ -120,6 +158,8 @@ class Reporter:
             self.send(t="log", id=unique_id, name=name, level=info.level, text=info.msg[:LONGEST_MESSAGE])
 
     def _node(self, what: str, node: Any, name: str | None = None, **more: Any) -> None:
+        if node.resource_type == "source":
+            name = ".".join(node.unique_id.split(".")[2:])  # its table alone says little
         self.send(
             t=what,
             id=node.unique_id,
@@ -161,23 +201,126 @@ def written_out(listing: Any) -> list[str]:
     return ["--indirect-selection", "empty", "--select", *chosen] if chosen else []
 
 
+class Unable(Exception):
+    """dbt refused a listing that a run needs first."""
+
+
+def listed(args: list[str], *keys: str) -> Any:
+    """What `dbt ls` says to these arguments."""
+    listing = invoke([*args, *keys], [])
+    if listing.exception is not None:
+        raise Unable from listing.exception
+    return listing
+
+
 def run(request: dict[str, Any], reporter: Reporter) -> None:
-    """build, run, test, seed, snapshot: events while it runs, results, the end."""
-    args: list[str] = list(request["args"])
-    if request["list_args"]:
-        listing = invoke([*request["list_args"], "--output", "selector"], [])
-        if listing.exception is not None:
-            reporter.send(t="end", success=False, error=main_message(listing.exception))
+    """build, run, test, seed, snapshot, source freshness: events while it runs, results, the end."""
+    args, selection = list(request["args"]), list(request["selection"])
+    with tempfile.TemporaryDirectory(prefix="dbt-state-") as folder:
+        try:
+            if request["narrow"]:
+                listing = listed([*request["list_args"], *selection], "--output", "selector")
+                if not (chosen := written_out(listing)):
+                    reporter.send(t="end", success=True, error=None)
+                    return
+                selection = ["--exclude", *request["narrow"], *chosen]
+            if (resume := request["resume"]) and (
+                again := what_is_left(request, selection, reporter)
+            ) is not None:
+                if not again:
+                    reporter.send(t="end", success=True, error=None)
+                    return
+                write_state(resume, again, folder)
+                take_vars_from_state()
+                args, selection = [*resume["args"], "--state", folder], []
+        except Unable as error:
+            send_end(reporter, False, error.__cause__)
             return
-        if not (selection := written_out(listing)):
-            reporter.send(t="end", success=True, error=None)
-            return
-        args += selection
-    outcome = invoke(args, [reporter.on_event])
+        outcome = invoke([*args, *selection], [reporter.on_event])
+    tell = freshness_of if request["mode"] == "freshness" else record_of
     for result in getattr(outcome.result, "results", None) or []:
-        reporter.send(t="result", **record_of(result))
-    error = main_message(outcome.exception) if outcome.exception is not None else None
-    reporter.send(t="end", success=outcome.success, error=error)
+        reporter.send(t="result", **tell(result))
+    send_end(reporter, outcome.success, outcome.exception)
+
+
+def send_end(reporter: Reporter, success: bool, exception: BaseException | None) -> None:
+    """Send the last record."""
+    error = main_message(exception) if exception is not None else None
+    reporter.send(t="end", success=success, error=error, kind=type(exception).__name__)
+
+
+def what_is_left(request: dict[str, Any], selection: list[str], reporter: Reporter) -> list[str] | None:
+    """The nodes that an earlier attempt has left to do; None if nothing of what it did has lasted."""
+    keys = ["--output", "json", "--output-keys", "unique_id", "resource_type"]
+    found = [json.loads(line) for line in listed([*request["list_args"], *selection], *keys).result or []]
+    resume = request["resume"]
+    if in_memory():
+        reporter.send(t="resume", again=None)
+        return None
+    done = set(resume["done"])
+    failed = set(resume["failed"]) if resume["complete"] else None
+    again = [
+        node["unique_id"]
+        for node in found
+        if node["unique_id"] not in done
+        and (failed is None or node["unique_id"] in failed)
+        and (node["resource_type"] in resume["kinds"]) is not resume["kinds_not"]
+    ]
+    reporter.send(t="resume", again=again)
+    return again
+
+
+def in_memory() -> bool:
+    """Whether the warehouse ended with the process that built it."""
+    from dbt.adapters.factory import FACTORY
+
+    adapter: Any = next(iter(FACTORY.adapters.values()))
+    credentials = adapter.config.credentials
+    return credentials.type == "duckdb" and str(credentials.path).startswith(":memory:")
+
+
+def write_state(resume: dict[str, Any], again: list[str], folder: str) -> None:
+    """Write the `run_results.json` from which `dbt retry` takes up these nodes.
+
+    It knows what `dbt retry` needs and no more: the original command with its flags, when it began (a
+    microbatch model builds up to that moment), which nodes have to be run, and of which batches are done.
+    """
+    results = [
+        {
+            "unique_id": unique_id,
+            "status": "error",
+            "timing": [],
+            "thread_id": "",
+            "execution_time": 0.0,
+            "adapter_response": {},
+            "message": None,
+            "failures": None,
+            "compiled": False,
+            "compiled_code": None,
+            "relation_name": None,
+            "batch_results": resume["batches"].get(unique_id),
+        }
+        for unique_id in again
+    ]
+    metadata = {
+        "dbt_schema_version": "https://schemas.getdbt.com/dbt/run-results/v6.json",
+        "generated_at": resume["started_at"],
+        "invocation_started_at": resume["started_at"],
+    }
+    state: dict[str, Any] = {"metadata": metadata, "results": results, "elapsed_time": 0.0}
+    state["args"] = {**resume["flags"], "use_colors": False}
+    Path(folder, "run_results.json").write_text(json.dumps(state))
+
+
+def take_vars_from_state() -> None:
+    """Have `dbt retry` read the dbt variables in its state, where they are JSON.
+
+    Those of its own command line it passes on as Python text, in which null has become the word None.
+    """
+    import dbt.task.retry
+
+    overridden: set[str] = getattr(dbt.task.retry, "ALLOW_CLI_OVERRIDE_FLAGS", set())
+    overridden.discard("vars")
 
 
 def plan(request: dict[str, Any], reporter: Reporter) -> None:
@@ -187,7 +330,7 @@ def plan(request: dict[str, Any], reporter: Reporter) -> None:
     keys = ["--output", "json", "--output-keys", "unique_id", "resource_type"]
     outcome = invoke([*request["args"], *keys], [reporter.on_event])
     if outcome.exception is not None:
-        reporter.send(t="end", success=False, error=main_message(outcome.exception))
+        send_end(reporter, False, outcome.exception)
         return
     nodes = [json.loads(line) for line in outcome.result or []]
     adapter: Any = next(iter(FACTORY.adapters.values()))

@@ -35,7 +35,7 @@ async def run_in_process(dbt: DbtCore, exclude: list[str]) -> DbtResult:
     nodes: list[DbtNode] = [
         node_from(
             record,
-            blame.reason(record["id"]) if record["status"] == "skipped" else None,
+            blame.reason(record["id"], record["message"]) if record["status"] == "skipped" else None,
             lineage,
         )
         for record in records

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import Any
 
 _TESTS = frozenset({"test", "unit_test"})
@@ -36,6 +37,11 @@ class LineageNode:
     group: str | None = None
     meta: dict[str, Any] = field(default_factory=dict)
     tags: tuple[str, ...] = ()
+    # Of what is built
+    materialized: str = ""
+    full_refresh: bool | None = None  # the model's own say, which dbt puts above --full-refresh
+    fqn: tuple[str, ...] = ()
+    compiled: str = ""  # where dbt puts its SQL, seen from target/compiled
     # Of a source
     source_name: str = ""
     schema: str = ""
@@ -266,6 +272,10 @@ def _node(unique_id: str, raw: Mapping[str, Any], owners: Mapping[str, str | Non
         group=str(group) if group else None,
         meta=meta,
         tags=tuple(raw.get("tags") or config.get("tags") or ()),
+        materialized=str(config.get("materialized") or ""),
+        full_refresh=config.get("full_refresh"),
+        fqn=tuple(raw.get("fqn") or ()),
+        compiled=_compiled(kind, raw),
         source_name=str(raw.get("source_name") or ""),
         schema=str(raw.get("schema") or ""),
         identifier=str(raw.get("identifier") or raw.get("alias") or ""),
@@ -274,6 +284,15 @@ def _node(unique_id: str, raw: Mapping[str, Any], owners: Mapping[str, str | Non
         url=raw.get("url"),
         label=raw.get("label"),
     )
+
+
+def _compiled(kind: str, raw: Mapping[str, Any]) -> str:
+    """By dbt's own rule, as it writes a node's path into the manifest only after the node has run."""
+    if kind not in {"model", "test", "snapshot"}:
+        return ""
+    path, file = PurePath(raw.get("path") or ""), PurePath(raw.get("original_file_path") or "")
+    # Several nodes of one file (the tests of a schema.yml) lie in a folder that is called like it.
+    return str(PurePath(raw.get("package_name") or "") / (file if path.name == file.name else file / path))
 
 
 def _owner_name(owner: Any) -> str | None:

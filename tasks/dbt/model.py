@@ -2,7 +2,8 @@
 
 Errors:
 
-    DbtError                     dbt could not do its work at all: bad project, profile, selection, a crash
+    DbtError                     dbt could not do its work at all: no connection, a locked file, a crash
+    ├── DbtInputError            project, profile or selection is wrong; trying again does not help
     ├── DbtTimeout               the time allowed was over, dbt was stopped
     └── DbtBuildFailed           dbt ran, some nodes failed; `.result` has every node
 """
@@ -102,6 +103,25 @@ class DbtCore(BaseModel):
         return text if len(text) <= 80 else text[:79] + "…"
 
     @property
+    def without_full_refresh(self) -> DbtCore:
+        """For `dbt retry`, which has the flag from the state."""
+        return self.model_copy(update={"full_refresh": False})
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What `dbt retry` must know of the command that it repeats, as dbt's run_results.json has it."""
+        flags: dict[str, Any] = {"which": self.command}
+        if self.full_refresh:
+            flags["full_refresh"] = True
+        if self.target:
+            flags["target"] = self.target
+        if self.threads:
+            flags["threads"] = self.threads
+        if self.vars:
+            flags["vars"] = json_text(self.vars)
+        return flags
+
+    @property
     def task_options(self) -> dict[str, Any]:
         """The retry policy as keyword arguments of `Task.with_options`."""
         return {"retries": self.retries, "retry_delay_seconds": self.retry_delay}
@@ -191,6 +211,7 @@ class DbtNode(BaseModel):
     compiled_path: str | None = None
     group: str | None = None
     owner: str | None = Field(default=None, description="Owner of the node's dbt group.")
+    earlier: bool = Field(default=False, description="Done by an earlier attempt, and not run again.")
 
     @property
     def label(self) -> str:
@@ -211,10 +232,17 @@ class DbtResult(BaseModel):
     url: str | None = None
     message: str = ""
     command: str = ""
+    warnings: list[str] = Field(default=[], description="What dbt warned of that concerns no single node.")
 
     @classmethod
     def from_nodes(
-        cls, nodes: list[DbtNode], *, command: str, duration: float, invocation_id: str | None = None
+        cls,
+        nodes: list[DbtNode],
+        *,
+        command: str,
+        duration: float,
+        invocation_id: str | None = None,
+        warnings: Sequence[str] = (),
     ) -> DbtResult:
         """Sums the nodes up: state, counts and the one-line message."""
         counts = Counter(node.state.value for node in nodes)
@@ -226,6 +254,7 @@ class DbtResult(BaseModel):
             invocation_id=invocation_id,
             message=_summary(nodes),
             command=command,
+            warnings=list(warnings),
         )
 
     @property
@@ -266,6 +295,10 @@ class DbtError(Exception):
     """dbt could not do its work; the message is one sentence that says why and, where known, what to do."""
 
 
+class DbtInputError(DbtError):
+    """What was asked for can't be done with this project, profile or selection; a retry would not help."""
+
+
 class DbtTimeout(DbtError):
     """dbt did not finish in the time allowed and was stopped."""
 
@@ -295,8 +328,8 @@ def one_line(text: str | None, limit: int = 300) -> str:
 
 
 def reason_of(text: str | None) -> str:
-    """The database's complaint out of dbt's message: no `Runtime Error in model x (…)`, no SQL around it."""
-    body = re.sub(r"\A\s*\w+ Error in .*\n", "", text or "")
+    """The database's complaint out of dbt's message: no `Runtime Error in model x (…)`, no SQL."""
+    body = re.sub(r"\A\s*(?:\w+ Error in .*|\S+ failed, error:)\n", "", text or "")
     body = re.split(r"\n\s*\n|\n\s*LINE \d+:|\n\s*compiled code at ", body.strip())[0]
     return one_line(body or text, 200)
 
@@ -314,6 +347,8 @@ def _summary(nodes: list[DbtNode]) -> str:
     failed = [node for node in nodes if node.state in {DbtState.FAIL, DbtState.ERROR}]
     extra = [f"{by_state[DbtState.WARN]} warned"] if by_state[DbtState.WARN] else []
     extra += [f"{by_state[DbtState.SKIPPED]} skipped"] if by_state[DbtState.SKIPPED] else []
+    earlier = sum(node.earlier for node in nodes)
+    extra += [f"{earlier} done in an earlier attempt"] if earlier else []
     tail = "".join(f"; {part}" for part in extra)
     if not nodes:
         return "nothing was selected, so nothing was built"

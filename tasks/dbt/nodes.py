@@ -99,7 +99,14 @@ class NodeRuns:
             node.feed.put_nowait((logging.DEBUG if quiet else _LEVELS[level], text.strip()))
         return node is not None
 
-    def finish(self, unique_id: str, status: str, message: str | None, rows: int | None = None) -> None:
+    def finish(
+        self,
+        unique_id: str,
+        status: str,
+        message: str | None,
+        rows: int | None = None,
+        compiled: str | None = None,
+    ) -> None:
         """A node ends, and so does its task run.
 
         Args:
@@ -107,6 +114,7 @@ class NodeRuns:
             status: dbt's word for how it ended.
             message: dbt's or the database's words; of a skipped node: why.
             rows: Rows written, if known.
+            compiled: The file with the SQL that was sent, told with the message of a node that failed.
         """
         node = self._open.get(unique_id)
         if node is None:
@@ -117,9 +125,14 @@ class NodeRuns:
                 self.complain(unique_id, message)
             return
         del self._open[unique_id]
-        self.finished[unique_id] = state_of(status)
+        state = self.finished[unique_id] = state_of(status)
         message = self.explained(unique_id, message)
-        node.feed.put_nowait(partial(_prefect_state, self.finished[unique_id], message, rows))
+        if state in {DbtState.FAIL, DbtState.ERROR}:
+            message = message or "dbt gave no reason"
+            message += f"\ncompiled: {compiled}" if compiled else ""
+            # dbt prints errors at its end only, when nobody knows any more which node is meant.
+            node.feed.put_nowait((logging.ERROR, message))
+        node.feed.put_nowait(partial(_prefect_state, state, message, rows))
 
     def complain(self, unique_id: str, text: str) -> None:
         """Part of a node (a batch) failed for this reason, which the node's own message will not repeat."""
@@ -133,7 +146,14 @@ class NodeRuns:
         return f"{message}: {complaint}" if message else complaint
 
     def settle(
-        self, unique_id: str, kind: str, name: str, status: str, message: str | None, rows: int | None = None
+        self,
+        unique_id: str,
+        kind: str,
+        name: str,
+        status: str,
+        message: str | None,
+        rows: int | None = None,
+        compiled: str | None = None,
     ) -> None:
         """A node's last word: ends its task run if it is open, shows one if there was none."""
         if unique_id in self.finished:
@@ -141,7 +161,7 @@ class NodeRuns:
         if unique_id not in self._open:
             self.start(unique_id, kind, name)
         self._open[unique_id].runs = 1
-        self.finish(unique_id, status, message, rows)
+        self.finish(unique_id, status, message, rows, compiled)
 
     async def close(self, why: str) -> None:
         """Ends what is still open as Cancelled and waits for the task runs to be through.
@@ -168,7 +188,7 @@ def state_of(status: str) -> DbtState:
 
 def _prefect_state(state: DbtState, message: str | None, rows: int | None) -> State[None]:
     if state in {DbtState.FAIL, DbtState.ERROR}:
-        return Failed(message=message or "dbt gave no reason")
+        return Failed(message=message)
     if state is DbtState.SKIPPED:
         return Cancelled(name="Skipped", message=message)
     if state is DbtState.WARN:
@@ -183,6 +203,7 @@ class Blame:
         self._lineage: Lineage | None = None
         self._failed: list[tuple[str, str]] = []
         self._reasons: dict[str, str] = {}
+        self._hook: str | None = None  # one before all nodes, for whose failure dbt may skip them
 
     def know(self, lineage: Lineage) -> None:
         """The graph, as soon as it has been read."""
@@ -194,6 +215,8 @@ class Blame:
         """A node failed; for a test, what it tests is in doubt."""
         reason = f"{label} failed"
         self._reasons[unique_id] = reason
+        if unique_id.startswith("operation.") and "-on-run-start-" in unique_id:
+            self._hook = reason
         if self._lineage is None:
             self._failed.append((unique_id, label))
             return
@@ -204,12 +227,21 @@ class Blame:
             for parent in node.parents:
                 self._reasons.setdefault(parent, reason)
 
-    def reason(self, unique_id: str) -> str:
-        """Why this node was skipped."""
-        above = (unique_id, *(self._lineage.parents(unique_id) if self._lineage else ()))
+    def reason(self, unique_id: str, told: str | None = None) -> str:
+        """Why this node was skipped.
+
+        Args:
+            unique_id: The node.
+            told: What dbt says of it, which counts where no failure above it is known.
+        """
+        above: list[str] = [unique_id]
+        if self._lineage:
+            # What it reads directly first: of several failures the nearest is meant.
+            above += [*self._lineage.parents(unique_id), *sorted(self._lineage.upstream([unique_id]))]
         found = next((self._reasons[i] for i in above if i in self._reasons), None)
         if found is None:
-            return "something above it failed" if self._failed or self._reasons else "dbt did not run it"
+            some = "something above it failed" if self._failed or self._reasons else "dbt did not run it"
+            return self._hook or told or some
         self._reasons[unique_id] = found
         return found
 
@@ -229,7 +261,7 @@ def node_from(record: dict[str, Any], reason: str | None, lineage: Lineage | Non
         name=record["name"],
         resource_type=record["kind"],
         state=state,
-        message=(record["message"] or reason) if state is DbtState.SKIPPED else record["message"],
+        message=reason if reason and state is DbtState.SKIPPED else record["message"],
         rows=record["rows"],
         failures=record["failures"],
         duration=record["seconds"],
