@@ -4,5 +4,18 @@ from flows.elt import elt_chain
 from flows.fan_out import RunFailed
 from flows.report import EltReport, Step, StepState, SyncReport
 from flows.syncs import sync_connections
+from flows.transform import build_project, full_refresh, smoke_test, source_freshness
 
-__all__ = ["EltReport", "RunFailed", "Step", "StepState", "SyncReport", "elt_chain", "sync_connections"]
+__all__ = [
+    "EltReport",
+    "RunFailed",
+    "Step",
+    "StepState",
+    "SyncReport",
+    "build_project",
+    "elt_chain",
+    "full_refresh",
+    "smoke_test",
+    "source_freshness",
+    "sync_connections",
+]

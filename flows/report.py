@@ -293,7 +293,8 @@ def _title(report: Report) -> str:
     return f"{report.ending}{name}"
 
 
-def _cell(text: Any) -> str:
+def cell(text: Any) -> str:
+    """Text as it may stand in a table."""
     return " ".join(str(text).split()).replace("|", "\\|")[:300]
 
 
@@ -303,17 +304,17 @@ def _table(steps: Iterable[Step]) -> str:
         job = f"[{step.tool} {step.job_id}]({step.url})" if step.url else step.tool
         rows = f"{step.rows:,}" if step.rows is not None else ""
         seconds = f"{step.duration:.1f}" if step.duration is not None else ""
-        message = f"<br>{_cell(step.message)}" if step.message else ""
+        message = f"<br>{cell(step.message)}" if step.message else ""
         lines.append(
-            f"| {_MARKS[step.state]} | {_cell(step.name)} | {step.state.value}{message} | {rows} | {seconds} "
-            f"| {_cell(step.owner or '')} | {job} |"
+            f"| {_MARKS[step.state]} | {cell(step.name)} | {step.state.value}{message} | {rows} | {seconds} "
+            f"| {cell(step.owner or '')} | {job} |"
         )
     return "\n".join(lines)
 
 
 def _nodes(nodes: Iterable[DbtNode]) -> str:
     lines = ["| node | state | message |", "|---|---|---|"]
-    lines += [f"| {_cell(node.label)} | {node.state.value} | {_cell(node.message or '')} |" for node in nodes]
+    lines += [f"| {cell(node.label)} | {node.state.value} | {cell(node.message or '')} |" for node in nodes]
     return "\n".join(lines)
 
 
