@@ -1,4 +1,4 @@
-"""What a run did, step by step: as a typed report, as Markdown for the UI, and as messages to owners."""
+"""What a run did, step by step: as a typed report, and as Markdown for the UI."""
 
 from __future__ import annotations
 

@@ -142,7 +142,7 @@ class PagerDuty:
     async def _enqueue(self, request: Request) -> Response:
         body = await request.body()
         if len(body) > _SIZE:
-            return _refused(413, "Event object is too large", ["the event is larger than 512 KB"])
+            return _refused(400, "Event object is invalid", ["the event is larger than 512 KB"])
         try:
             raw = orjson.loads(body)
         except orjson.JSONDecodeError:

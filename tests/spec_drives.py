@@ -15,7 +15,8 @@ import duckdb
 import httpx
 import pytest
 
-from blocks import AirbyteServer, HightouchCredentials
+from blocks import AirbyteServer, HightouchCredentials, PagerDutyRouting
+from blocks.pagerduty import Alert, Link
 from sandbox import Sandbox, catalog
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.hightouch import HightouchVendor
@@ -222,3 +223,37 @@ async def drive_hightouch(drive: Drive) -> None:
     await drive.ask("GET", "/syncs/101/runs?limit=2&orderBy=createdAt&within=60")
     sandbox.hightouch.settings.requests_per_10_seconds = 1
     await drive.ask("GET", "/syncs", 429)
+
+
+async def drive_pagerduty(drive: Drive) -> None:
+    """PagerDuty's Events API."""
+    sandbox = drive.sandbox
+    key = catalog.PAGERDUTY_KEYS["data-platform"]
+    alert = Alert(
+        summary="orders_pg -> warehouse failed",
+        source="airbyte",
+        component="orders_pg",
+        group="ingest",
+        kind="sync failed",
+        details={"jobId": 18473},
+        links=(Link(href="https://example.com/jobs/1", text="job"), Link(href="https://example.com/runs/1")),
+        client_url="https://example.com/runs/1",
+    )
+    async with PagerDutyRouting(routing_key=key, base_url=sandbox.pagerduty_url).api() as api:
+        await api.trigger("airbyte/orders_pg", alert)
+        await api.trigger("airbyte/orders_pg", Alert(summary="again", source="airbyte"))
+        await api.acknowledge("airbyte/orders_pg")
+        await api.resolve("airbyte/orders_pg")
+        await api.resolve("airbyte/orders_pg")  # dropped
+    drive.base = sandbox.pagerduty_url
+    event = {"routing_key": key, "event_action": "trigger"}
+    await drive.ask("POST", "/enqueue", 400, content=b"{")
+    await drive.ask("POST", "/enqueue", 400, json=event)
+    await drive.ask("POST", "/enqueue", 400, json=event | {"routing_key": "nobody"})
+    payload = {"summary": "s", "source": "s", "severity": "info", "custom_details": {"a": "x" * 600_000}}
+    await drive.ask("POST", "/enqueue", 400, json=event | {"payload": payload})
+    del payload["custom_details"]
+    await drive.ask("POST", "/enqueue", 202, json=event | {"payload": payload})
+    sandbox.pagerduty.settings.events_per_minute = 1
+    await drive.ask("POST", "/enqueue", 202, json=event | {"payload": payload})
+    await drive.ask("POST", "/enqueue", 429, json=event | {"payload": payload})

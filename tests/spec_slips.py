@@ -163,3 +163,14 @@ HIGHTOUCH = [
         _says(_object(error=_TEXT)),
     ),
 ]
+
+
+# -- PagerDuty, Events API v2
+
+PAGERDUTY = [
+    Slip(
+        "details are anything, as its own example has them",
+        _schema("Payload", "properties", "custom_details", "additionalProperties"),
+        True,
+    ),
+]

@@ -351,6 +351,10 @@ def test_killed_run_is_taken_up_again(worker: Runs, stage: Stage, in_flight: InF
     crashed = worker.ended(run)
     assert crashed.state is not None
     assert crashed.state.type is StateType.CRASHED
+    # Its process can't have told; the worker's did, by the run's parameters, and once for two runs that died.
+    told = until("the crash is told", lambda: _told(stage, "the run* crashed"))
+    assert len(told) == 1
+    assert "*flights*, run " in told[0]
     # A worker reports the crash once more after some seconds, which would undo a retry that came before it.
     time.sleep(max(0.0, in_flight.stopped + 6 - time.monotonic()))
     jobs = [job for c in stage.groups["killed"] for job in stage.box.airbyte.jobs_of(c)]
@@ -364,3 +368,9 @@ def test_killed_run_is_taken_up_again(worker: Runs, stage: Stage, in_flight: InF
     assert ended.state.type is StateType.COMPLETED, ended.state.message
     assert ended.run_count == 2
     assert stage.statuses("killed") == ["succeeded"] * 3
+    assert len(_told(stage, "the run* crashed")) == 1
+    assert _told(stage, "the run* is well again")
+
+
+def _told(stage: Stage, words: str) -> list[str]:
+    return [message.text for message in stage.box.slack.messages if words in message.text]

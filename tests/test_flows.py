@@ -373,7 +373,10 @@ def test_failure_follows_lineage(box: Sandbox, runs: Runs, tmp_path: Path) -> No
     assert places.state is StepState.HELD
     assert places.message == "airports did not land, and places is built on it"
     assert [message.channel for message in box.slack.messages] == ["reference-data"]
-    assert "airports" in box.slack.messages[0].text
+    (text,) = (message.text for message in box.slack.messages)
+    assert "✗ *airbyte airports* sync failed" in text
+    held = "○ held back: weather-delays-to-braze (airports did not land, and places is built on it)"
+    assert text.endswith(held)
 
 
 def test_a_failed_model_holds_back_what_is_built_on_it(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
@@ -389,6 +392,10 @@ def test_a_failed_model_holds_back_what_is_built_on_it(box: Sandbox, runs: Runs,
     report = state.result(raise_on_failure=False).report
     assert report.of("transform")[0].state is StepState.FAILED
     assert "no_such_column" in report.of("transform")[0].message
+    (text,) = (message.text for message in box.slack.messages)
+    assert "✗ *dbt model places* build failed: " in text, "the node and its words, and not the build as such"
+    assert "no_such_column" in text
+    assert text.endswith("○ held back: weather-delays-to-braze (places did not build cleanly)")
     assert [step.state for step in report.of("activation")] == [StepState.SUCCEEDED, StepState.HELD]
 
 

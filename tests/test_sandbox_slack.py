@@ -7,7 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
-from sandbox import Sandbox
+from sandbox import Sandbox, catalog
 from tests.sandbox_fixtures import box, sources
 
 __all__ = ["box", "sources"]
@@ -88,3 +88,68 @@ def test_rate_limit_holds_only_when_switched_on(box: Sandbox) -> None:
         refused = client.post(url, json={"text": "x"})
         assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
         assert client.post(box.slack_url("flight-ops"), json={"text": "x"}).status_code == 200
+
+
+# -- the Web API --------------------------------------------------------------------------------------------
+
+
+def _call(box: Sandbox, method: str, token: str = catalog.SLACK_TOKEN, **body: Any) -> httpx.Response:
+    headers = {"authorization": f"Bearer {token}"} if token else {}
+    return httpx.post(f"{box.slack_api_url}{method}", json=body, headers=headers)
+
+
+def test_messages_threads_and_changes(box: Sandbox) -> None:
+    """A message has an id; it can be answered and changed, by the channel's id and not by its name."""
+    first = _call(box, "chat.postMessage", channel="data-alerts", text="first").json()
+    assert first["ok"] is True
+    assert first["channel"] == catalog.CHANNEL_IDS["data-alerts"]
+    reply = _call(
+        box, "chat.postMessage", channel=first["channel"], text="reply", thread_ts=first["ts"]
+    ).json()
+    assert reply["ts"] > first["ts"]
+    changed = _call(box, "chat.update", channel=first["channel"], ts=first["ts"], text="changed").json()
+    assert (changed["ok"], changed["text"]) == (True, "changed")
+    by_name = _call(box, "chat.update", channel="data-alerts", ts=first["ts"], text="again").json()
+    assert by_name == {"ok": False, "error": "channel_not_found"}
+    (answer,) = box.slack.thread(first["ts"])
+    assert answer.text == "reply"
+    assert "changed" in httpx.get(f"{box.url}/slack").text
+
+
+@pytest.mark.parametrize(
+    ("method", "body", "word"),
+    [
+        ("chat.postMessage", {"token": ""}, "not_authed"),
+        ("chat.postMessage", {"token": "xoxb-guess"}, "invalid_auth"),
+        ("chat.postMessage", {"channel": "no-such-channel"}, "channel_not_found"),
+        ("chat.postMessage", {"text": ""}, "no_text"),
+        ("chat.postMessage", {"text": "x" * 40_001}, "msg_too_long"),
+        ("chat.postMessage", {"thread_ts": "1.000001"}, "thread_not_found"),
+        ("chat.update", {"channel": "C0SANDBOX01", "ts": "1.000001"}, "message_not_found"),
+    ],
+)
+def test_refusals_have_status_200(box: Sandbox, method: str, body: dict[str, Any], word: str) -> None:
+    """Slack's Web API says `ok: false` with a word, and its status is 200; nothing is kept."""
+    reply = _call(box, method, **{"channel": "data-alerts", "text": "x", **body})
+    assert (reply.status_code, reply.json()) == (200, {"ok": False, "error": word})
+    assert box.slack.messages == []
+
+
+def test_a_webhooks_message_can_not_be_changed(box: Sandbox) -> None:
+    """What came over a webhook is another's message."""
+    httpx.post(box.slack_url(), json={"text": "x"})
+    (message,) = box.slack.messages
+    reply = _call(box, "chat.update", channel="C0SANDBOX01", ts=message.ts, text="y")
+    assert reply.json()["error"] == "cant_update_message"
+
+
+def test_the_rate_limit_and_archived_channels(box: Sandbox) -> None:
+    """Only the rate limit has a status of its own, with Retry-After; no token is in the request log."""
+    box.slack.settings.messages_per_second = 1
+    replies = [_call(box, "chat.postMessage", channel="#data-alerts", text="x") for _ in range(2)]
+    assert (replies[1].status_code, replies[1].headers["retry-after"]) == (429, "1")
+    assert replies[1].json() == {"ok": False, "error": "ratelimited"}
+    box.slack.break_channel("flight-ops", "channel_is_archived")
+    archived = _call(box, "chat.postMessage", channel="flight-ops", text="x")
+    assert archived.json()["error"] == "is_archived"
+    assert catalog.SLACK_TOKEN not in str(box.requests.find(vendor="slack"))

@@ -15,10 +15,10 @@ import pytest
 
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 from tests.spec_dbt_cloud import dbt_cloud_contract, drive_dbt_cloud
-from tests.spec_drives import Drive, drive_airbyte, drive_airbyte_config, drive_hightouch
+from tests.spec_drives import Drive, drive_airbyte, drive_airbyte_config, drive_hightouch, drive_pagerduty
 from tests.spec_fivetran import drive_fivetran, fivetran_contract
 from tests.spec_fixtures import Contract, Exchange, folder, read, untried, witnessed
-from tests.spec_slips import AIRBYTE_CONFIG, AIRBYTE_PUBLIC, HIGHTOUCH, airbyte_public
+from tests.spec_slips import AIRBYTE_CONFIG, AIRBYTE_PUBLIC, HIGHTOUCH, PAGERDUTY, airbyte_public
 
 __all__ = ["collected"]
 
@@ -56,12 +56,18 @@ def hightouch_contract(files: Path) -> Contract:
     )
 
 
+def pagerduty_contract(files: Path) -> Contract:
+    document = read(files / "pagerduty-events-v2.json")
+    return Contract(document, "/pagerduty/v2", "https://events.pagerduty.com/v2", PAGERDUTY)
+
+
 VENDORS: dict[str, tuple[Callable[[Path], Contract], Callable[[Drive], Awaitable[None]]]] = {
     "airbyte": (airbyte_contract, drive_airbyte),
     "airbyte-config": (airbyte_config_contract, drive_airbyte_config),
     "fivetran": (fivetran_contract, drive_fivetran),
     "dbt-cloud": (dbt_cloud_contract, drive_dbt_cloud),
     "hightouch": (hightouch_contract, drive_hightouch),
+    "pagerduty": (pagerduty_contract, drive_pagerduty),
 }
 
 
