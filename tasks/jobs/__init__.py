@@ -19,9 +19,10 @@ from tasks.jobs.model import (
     JobVendor,
     StreamResult,
 )
-from tasks.jobs.outcome import cancel_job
+from tasks.jobs.outcome import cancel_job, result_of
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
+from tasks.jobs.sweep import Sweep
 from tasks.jobs.tags import tag_run
 from tasks.jobs.tool import Checked, Parameters, Request, Tool
 from tasks.jobs.watcher import JobWatcher, watcher_for
@@ -51,12 +52,14 @@ __all__ = [
     "Request",
     "RunJournal",
     "StreamResult",
+    "Sweep",
     "Tool",
     "at_loop_exit",
     "cancel_job",
     "current_interrupt",
     "limit_concurrency",
     "read_entries",
+    "result_of",
     "run_job",
     "tag_run",
     "wait_for_job",

@@ -93,6 +93,9 @@ async def wait_for_job(
                 result = result_of(vendor, request, JobState.FAILED, handle, message=message)
                 raise JobTimeout(result) from None
             status = ended
+        except AlreadyRunning as skipped:
+            message = f"the vendor skipped it: {skipped}"
+            raise JobFailed(result_of(vendor, request, JobState.SKIPPED, handle, message=message)) from None
     return accept(judge(vendor, request, policy, handle, status), policy, log)
 
 
@@ -126,7 +129,7 @@ class _Run(Generic[R]):
         self.journal = journal
         self.log = log
         self.watcher = watcher
-        self.deadline = time.monotonic() + policy.timeout
+        self.deadline = self.patience = time.monotonic() + policy.timeout
         self.attached = False
         # What a cancellation has to clear up after:
         self.intent = False  # an entry of ours is open in the journal
@@ -149,7 +152,7 @@ class _Run(Generic[R]):
                 return earlier.result
             attached = await self._attach(earlier) if earlier and earlier.open else None
             begun = attached or await self._start(earlier)
-            return begun if isinstance(begun, JobResult) else await self._watch(begun)
+            return begun if isinstance(begun, JobResult) else await self._see_through(begun)
         except asyncio.CancelledError:
             # anyio, which is behind a task's `timeout_seconds`, cancels every await again until we are gone.
             with anyio.CancelScope(shield=True):
@@ -283,6 +286,18 @@ class _Run(Generic[R]):
             raise JobTimeout(result) from None
         return None
 
+    async def _start_around(self, skipped: AlreadyRunning) -> JobHandle | JobResult:
+        """The vendor took our start and then skipped it for an active run: as good as a refusal."""
+        self.deadline = self.patience  # however often that happens
+        outcome = await self._already_running(skipped)
+        if outcome is None:
+            self.maybe_started = self.attached = False
+            return await self._start(self.entry)
+        if isinstance(outcome, JobHandle):
+            self.attached = True  # it may have ended meanwhile
+            await self._started(outcome)
+        return outcome
+
     async def _find(self) -> JobHandle | None:
         """Look for the job of an intent, until the vendor must show it or the outage budget is spent."""
         give_up = time.monotonic() + self.policy.outage
@@ -322,6 +337,16 @@ class _Run(Generic[R]):
         await self._record()
 
     # -- waiting ------------------------------------------------------------------------------------------
+
+    async def _see_through(self, handle: JobHandle) -> JobResult:
+        while True:
+            try:
+                return await self._watch(handle)
+            except AlreadyRunning as skipped:
+                begun = await self._start_around(skipped)
+            if isinstance(begun, JobResult):
+                return begun
+            handle = begun
 
     async def _watch(self, handle: JobHandle) -> JobResult:
         try:

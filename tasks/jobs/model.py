@@ -67,7 +67,7 @@ class JobPolicy(BaseModel):
     on_partial: Literal["fail", "warn", "ok"] | None = Field(
         default=None,
         description="What a partial end is: a failure, a success with a warning, or a success. "
-        "Empty: the tool's default (Airbyte fail, Hightouch warn).",
+        "Empty: the tool's default (Airbyte fail; Hightouch and Census warn).",
     )
     min_rows: int | None = Field(
         default=None, ge=0, description="A job that succeeded with fewer rows than this is PARTIAL."
@@ -274,8 +274,9 @@ class JobVendor(Protocol[RequestT]):
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """The state of many jobs, keyed by job id, in as few requests as the vendor's API allows.
 
-        A job that the vendor does not know carries its error as the value; what is not in the reply
-        is taken as not visible yet.
+        A job that the vendor does not know carries its error as the value, and one that the vendor accepted
+        and then did not run because another was active carries `AlreadyRunning`. What is not in the reply is
+        taken as not visible yet.
         """
 
     async def cancel(self, handle: JobHandle) -> JobState | None:
@@ -287,7 +288,7 @@ class JobVendor(Protocol[RequestT]):
 
 
 class AlreadyRunning(Exception):
-    """The vendor refused to start because a run of the same resource is active.
+    """The vendor refused to start, or skipped what it had accepted, because a run of the same is active.
 
     Attributes:
         active: The active run, where the vendor could name it.
