@@ -8,13 +8,15 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import duckdb
 from pydantic import BaseModel, ConfigDict, Field
 
 from sandbox import catalog
+from sandbox.activation import Change, read_model
+from sandbox.hightouch_sequences import Sequences
 from sandbox.timeline import (
     FOREVER,
     LONG,
@@ -27,7 +29,7 @@ from sandbox.timeline import (
     Workers,
     iso,
 )
-from sandbox.warehouse import Interrupted, Warehouse, WarehouseLocked
+from sandbox.warehouse import Warehouse
 
 _END_WORDS: dict[HightouchOutcome, str] = {
     "warn": "warning",
@@ -43,6 +45,11 @@ class HightouchSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     requests_per_10_seconds: int | None = Field(200, ge=1, description="Beyond it: 429. None: no limit.")
+    oldest_first: bool = Field(False, description="Lists of runs ascend; the API does not say what they do.")
+    queue_sequences: bool = Field(
+        True, description="A trigger during a sequence's run queues another; off: it gives the run's own id."
+    )
+    stop_sequences: bool = Field(True, description="A sequence ends with the first sync that fails.")
 
 
 class SyncChange(SyncBehaviour):
@@ -66,7 +73,9 @@ class Run:
     rejected: float
     hidden_until: float  # monotonic; before it, lists do not show the run
     work: Work
+    full_resync: bool = False
     timeline: Timeline | None = None
+    change: Change = field(default_factory=Change)
 
     def at(self) -> tuple[str, float, bool]:
         """The status, the moment it began, and whether it is final."""
@@ -106,16 +115,22 @@ class Run:
         }
         if word in ("queued", "querying") or (final and self.work.error):
             return reply
-        rows = 0 if self.outcome == "zero_rows" else self.work.rows
-        rejected = math.ceil(rows * self.rejected) if word == "warning" else 0
-        done = rows - rejected if word in ("success", "warning") else 0
+        change, rejected = self.change, self.rejected_rows
+        added, removed = change.added.total(), change.removed
+        sent = word in ("success", "warning")
         return reply | {
-            "querySize": rows,
-            "completionRatio": 1 if word in ("success", "warning") else 0.5,
-            "plannedRows": _counts(rows),
-            "successfulRows": _counts(done),
+            "querySize": change.rows.total(),
+            # No sign of success: that of Hightouch's own example of a success is 0.54.
+            "completionRatio": 0.54 if sent else 0.5,
+            "plannedRows": _counts(added, removed),
+            "successfulRows": _counts(added - rejected, removed) if sent else _counts(),
             "failedRows": _counts(rejected),
         }
+
+    @property
+    def rejected_rows(self) -> int:
+        """How many rows the destination refused, once it has."""
+        return math.ceil(self.change.added.total() * self.rejected) if self.status == "warning" else 0
 
     def _error(self, word: str) -> str | None:
         if word == "failed":
@@ -133,6 +148,13 @@ class Sync:
     schedule: dict[str, Any] | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+
+    def delivered(self) -> Counter[int]:
+        """What the destination has of the model, by the latest run that sent anything."""
+        for run in reversed(self.runs):
+            if run.status in ("success", "warning"):
+                return run.change.delivered(run.rejected_rows)
+        return Counter()
 
     @property
     def current(self) -> Run | None:
@@ -177,6 +199,7 @@ class Hightouch:
         self._next_run = 6134
         self._stopping = threading.Event()
         self._workers = Workers(self._cancel_work)
+        self.sequences = Sequences(self, self._workers, self._stopping)
 
     def sync(self, key: int | str) -> Sync:
         """A sync by its id (number or digits) or its slug.
@@ -210,7 +233,7 @@ class Hightouch:
         with self.lock:
             return list(self.sync(key).runs)
 
-    def trigger(self, key: int | str) -> Run:
+    def trigger(self, key: int | str, *, full_resync: bool = False) -> Run:
         """Start a run; while one is in progress, one follow-up is queued, and asked again it is the same.
 
         Raises:
@@ -223,9 +246,10 @@ class Hightouch:
                 raise SyncDisabled(sync.spec.slug)
             latest = sync.runs[-1] if sync.runs else None
             if latest is not None and latest.timeline is None:
+                latest.full_resync |= full_resync
                 return latest
             previous = latest if latest is not None and not latest.at()[2] else None
-            behaviour, run = sync.behaviour, self._new_run(sync)
+            behaviour, run = sync.behaviour, self._new_run(sync, full_resync=full_resync)
             if previous is None:
                 run.timeline = _course(behaviour, run)
             sync.runs.append(run)
@@ -239,7 +263,7 @@ class Hightouch:
             run.timeline.finish(word)
 
     def stop(self) -> None:
-        """Tell all counting threads to give up, and give them a moment to do so."""
+        """Tell all threads to give up, and give them a moment to do so."""
         self._workers.stop(STOP_WITHIN)
 
     def _cancel_work(self) -> None:
@@ -249,7 +273,7 @@ class Hightouch:
                 for run in sync.runs:
                     run.work.cancelled.set()
 
-    def _new_run(self, sync: Sync) -> Run:
+    def _new_run(self, sync: Sync, *, full_resync: bool) -> Run:
         behaviour = sync.behaviour
         if behaviour.outcome != "succeed" and behaviour.times is not None:
             sync.behaviour = behaviour.used_once()
@@ -262,37 +286,29 @@ class Hightouch:
             rejected=behaviour.rejected,
             hidden_until=time.monotonic() + behaviour.visibility_delay,
             work=Work(),
+            full_resync=full_resync,
         )
 
     def _work(self, sync: Sync, run: Run, previous: Run | None, behaviour: SyncBehaviour) -> None:
-        """Wait for the run before, then count the model's rows once the run is querying."""
+        """Wait for the run before, then read the model once the run is querying."""
         while previous is not None and not previous.at()[2]:
             if self._stopping.wait(0.02):
                 return
         if run.timeline is None:
             run.timeline = _course(behaviour, run)
         work = run.work
-        try:
-            if work.cancelled.wait(min(LONG, run.timeline.phases[0].seconds)):
-                return
-            rows = self.warehouse.count(sync.spec.table, work.cancelled)
-            if rows is None:
-                work.error = f'Query failed: Catalog Error: Table "{sync.spec.table}" does not exist'
-            else:
-                work.rows = rows
-        except (Interrupted, duckdb.InterruptException):
-            pass  # the run was cut short: nobody will ask for its rows
-        except (WarehouseLocked, duckdb.Error) as exc:
-            work.error = f"Query failed: {exc}"
-        finally:
-            if work.error is not None:
-                # A query that failed ends the run there.
-                run.timeline.phases = run.timeline.phases[:2]
-            work.done_at = time.monotonic()
+        if not work.cancelled.wait(min(LONG, run.timeline.phases[0].seconds)):
+            before = Counter[int]() if run.full_resync else sync.delivered()
+            change = read_model(self.warehouse, sync.spec.table, work, before)
+            run.change = Change() if run.outcome == "zero_rows" else change
+        if work.error is not None:
+            # A query that failed ends the run there.
+            run.timeline.phases = run.timeline.phases[:2]
+        work.done_at = time.monotonic()
 
 
-def _counts(added: int) -> dict[str, int]:
-    return {"addedCount": added, "changedCount": 0, "removedCount": 0}
+def _counts(added: int = 0, removed: int = 0) -> dict[str, int]:
+    return {"addedCount": added, "changedCount": 0, "removedCount": removed}
 
 
 def _course(behaviour: SyncBehaviour, run: Run) -> Timeline:

@@ -70,6 +70,8 @@ class HightouchApi:
             self._route("/syncs/{sync_id}/runs", self.list_runs, "GET"),
             self._route("/syncs/{sync_id}/trigger", self.trigger, "POST"),
             self._route("/syncs/trigger", self.trigger_custom, "POST"),
+            self._route("/sync-sequences/{sequence_id}/trigger", self.trigger_sequence, "POST"),
+            self._route("/sync-sequences/runs/{run_id}", self.get_sequence_run, "GET"),
             self._route("/syncs", self.list_syncs, "GET"),
             self._route("/syncs/{sync_id}", self.get_sync, "GET"),
             self._route("/syncs/{sync_id}", self.update_sync, "PATCH"),
@@ -104,8 +106,7 @@ class HightouchApi:
 
     async def trigger(self, request: Request) -> dict[str, str]:
         """POST /syncs/{id}/trigger: the run's id comes back as text."""
-        await self._parsed(request, _Trigger)
-        return self._start(request.path_params["sync_id"])
+        return self._start(request.path_params["sync_id"], await self._parsed(request, _Trigger))
 
     async def trigger_custom(self, request: Request) -> dict[str, Any]:
         """POST /syncs/trigger: by id (digits as text) or slug."""
@@ -119,15 +120,29 @@ class HightouchApi:
             if error.status == 422 and isinstance(error.body, dict):
                 return error.body
             raise
-        return self._start(key)
+        return self._start(key, sent)
 
-    def _start(self, key: str) -> dict[str, str]:
+    def _start(self, key: str, sent: _Trigger) -> dict[str, str]:
         try:
-            return {"id": str(self.hightouch.trigger(key).run_id)}
+            return {"id": str(self.hightouch.trigger(key, full_resync=sent.fullResync).run_id)}
         except KeyError as exc:
             raise HightouchError(404, {"error": "Sync not found"}) from exc
         except SyncDisabled as exc:
             raise HightouchError(400, {"error": "Sync is disabled"}) from exc
+
+    async def trigger_sequence(self, request: Request) -> dict[str, str]:
+        """POST /sync-sequences/{id}/trigger: the id of the run that is queued or in progress, if one is."""
+        try:
+            return {"id": self.hightouch.sequences.trigger(request.path_params["sequence_id"]).run_id}
+        except KeyError as exc:
+            raise HightouchError(404, {"error": "Sync sequence not found"}) from exc
+
+    async def get_sequence_run(self, request: Request) -> dict[str, Any]:
+        """GET /sync-sequences/runs/{id}."""
+        try:
+            return self.hightouch.sequences.run(request.path_params["run_id"]).reply()
+        except KeyError as exc:
+            raise HightouchError(404, {"error": "Sync sequence run not found"}) from exc
 
     # -- syncs and runs --
 
@@ -196,7 +211,7 @@ class HightouchApi:
             "startedAt": lambda run: run.started_wall or float("inf"),
             "finishedAt": lambda run: run.finished_wall or float("inf"),
         }
-        found.sort(key=keys[order], reverse=True)
+        found.sort(key=keys[order], reverse=not self.hightouch.settings.oldest_first)
         return _page(request, [run.reply() for run in found])
 
     def _sync(self, request: Request) -> Sync:
