@@ -1,9 +1,17 @@
 """Prefect blocks: one per tool, with its settings, its secrets and a typed client for its API."""
 
 from blocks.airbyte import AirbyteServer
+from blocks.census import CensusCredentials
 from blocks.fivetran import FivetranCredentials
 from blocks.hightouch import HightouchCredentials
 from blocks.http_job import HttpJob
 from blocks.pagerduty import PagerDutyRouting
 
-__all__ = ["AirbyteServer", "FivetranCredentials", "HightouchCredentials", "HttpJob", "PagerDutyRouting"]
+__all__ = [
+    "AirbyteServer",
+    "CensusCredentials",
+    "FivetranCredentials",
+    "HightouchCredentials",
+    "HttpJob",
+    "PagerDutyRouting",
+]

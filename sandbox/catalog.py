@@ -41,6 +41,9 @@ TABLEAU_TOKEN_SECRET = "sandbox-tableau-secret"  # noqa: S105
 TABLEAU_SITE = "flights"
 TABLEAU_SITE_ID = "517e0000-2013-4a00-8000-00000000aaaa"
 
+CENSUS_API_KEY = "sandbox-census-key"
+CENSUS_WORKSPACE_ID = 3167
+
 # Times of creation are fixed, so that two runs of the sandbox look alike.
 CREATED_AT = 1_735_689_600  # 2025-01-01T00:00:00Z
 
@@ -118,6 +121,27 @@ class DbtJobSpec:
     steps: tuple[str, ...]
     real: bool = False
     generate_docs: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSpec:
+    """One Hightouch sync sequence: its syncs run one after the other."""
+
+    sequence_id: str
+    name: str
+    sync_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class CensusSyncSpec:
+    """One Census sync of the stage; its source is one table of the warehouse."""
+
+    sync_id: int
+    label: str | None
+    table: str
+    primary_key: str
+    destination: str
+    operation: str = "upsert"
 
 
 def _columns(kind: str, names: str) -> dict[str, str]:
@@ -218,6 +242,14 @@ FIVETRAN_CONNECTIONS = (
 SYNCS = (
     SyncSpec(101, "carrier-scorecard-to-crm", "marts.mart_carrier_scorecard", "carrier", "crm", "flight-ops"),
     SyncSpec(102, "weather-delays-to-braze", "marts.mart_weather_delays", "origin", "braze", "weather-desk"),
+)
+SEQUENCES = (SequenceSpec("7", "crm-then-braze", (101, 102)),)
+
+CENSUS_SYNCS = (
+    CensusSyncSpec(401, "Fleet to Salesforce", "marts.mart_fleet_utilisation", "tail_number", "Asset"),
+    CensusSyncSpec(
+        402, "Daily operations to Sheets", "marts.mart_daily_ops", "flight_date", "sheet", "append"
+    ),
 )
 
 # The first really runs dbt on the stage's project and warehouse; the others are scripted, on a dozen nodes.

@@ -15,14 +15,18 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from sandbox.airbyte_jobs import Connection, ConnectionChange
+from sandbox.census import CensusChange
+from sandbox.census import Sync as CensusSync
 from sandbox.dashboards import Dashboard, DashboardChange
 from sandbox.dbt_cloud import Job, JobChange, Run
 from sandbox.faults import Fault
 from sandbox.fivetran import Connection as FivetranConnection
 from sandbox.fivetran import FivetranChange
 from sandbox.hightouch import Sync, SyncChange
+from sandbox.hightouch_sequences import Sequence
 from sandbox.requestlog import as_dict
 from sandbox.slack import ChannelError
+from sandbox.timeline import SequenceBehaviour
 
 if TYPE_CHECKING:
     from sandbox.server import Sandbox
@@ -58,6 +62,7 @@ class _Channel(_Body):
 class _Settings(_Body):
     airbyte: dict[str, Any] = Field(default_factory=dict)
     hightouch: dict[str, Any] = Field(default_factory=dict)
+    census: dict[str, Any] = Field(default_factory=dict)
     dbt_cloud: dict[str, Any] = Field(default_factory=dict)
     fivetran: dict[str, Any] = Field(default_factory=dict)
     dashboards: dict[str, Any] = Field(default_factory=dict)
@@ -95,6 +100,10 @@ class Control:
             _route("/syncs", self.get_syncs, "GET"),
             _route("/syncs/{key}", self.patch_sync, "PATCH"),
             _route("/runs", self.get_runs, "GET"),
+            _route("/sequences", self.get_sequences, "GET"),
+            _route("/sequences/{key}", self.patch_sequence, "PATCH"),
+            _route("/census/syncs", self.get_census, "GET"),
+            _route("/census/syncs/{key}", self.patch_census, "PATCH"),
             _route("/dbt/jobs", self.get_dbt_jobs, "GET"),
             _route("/dbt/jobs/{key}", self.patch_dbt_job, "PATCH"),
             _route("/dbt/runs", self.get_dbt_runs, "GET"),
@@ -124,6 +133,7 @@ class Control:
             "urls": {
                 "airbyte": box.airbyte_url,
                 "hightouch": box.hightouch_url,
+                "census": box.census_url,
                 "dbt_cloud": box.dbt_cloud_url,
                 "fivetran": box.fivetran_url,
             },
@@ -134,6 +144,7 @@ class Control:
             "starts": starts,
             "token_requests": box.airbyte.token_requests,
             "runs": {sync.spec.slug: len(sync.runs) for sync in box.hightouch.syncs.values()},
+            "census_runs": {str(sync.spec.label): len(sync.runs) for sync in box.census.syncs.values()},
             "dbt_runs": len(box.dbt_cloud.runs),
             "fivetran_syncs": {c.schema: len(c.syncs) for c in list(box.fivetran.connections.values())[:50]},
             "messages": len(box.slack.messages),
@@ -309,6 +320,26 @@ class Control:
         fields = change.model_dump(exclude_unset=True)
         return _dashboard(self.sandbox.dashboards.set(request.path_params["key"], **fields))
 
+    async def get_sequences(self, request: Request) -> dict[str, Any]:
+        """GET /sequences: Hightouch's, each with its behaviour and its runs."""
+        return {"data": [_sequence(sequence) for sequence in self.sandbox.hightouch.sequences.all.values()]}
+
+    async def patch_sequence(self, request: Request) -> dict[str, Any]:
+        """PATCH /sequences/{id or name}: how its next runs behave."""
+        change = await _parsed(request, SequenceBehaviour)
+        fields = change.model_dump(exclude_unset=True)
+        return _sequence(self.sandbox.hightouch.sequences.set(request.path_params["key"], **fields))
+
+    async def get_census(self, request: Request) -> dict[str, Any]:
+        """GET /census/syncs: each with its behaviour and its runs."""
+        return {"data": [_census(sync) for sync in self.sandbox.census.syncs.values()]}
+
+    async def patch_census(self, request: Request) -> dict[str, Any]:
+        """PATCH /census/syncs/{id or label}: how its next runs behave, or whether it is paused."""
+        change = await _parsed(request, CensusChange)
+        fields = change.model_dump(exclude_unset=True)
+        return _census(self.sandbox.census.set(request.path_params["key"], **fields))
+
     async def get_fivetran(self, request: Request) -> dict[str, Any]:
         """GET /fivetran/connections: each with its behaviour and its syncs, which Fivetran's API has not."""
         keys = list(self.sandbox.fivetran.connections)
@@ -387,6 +418,26 @@ def _sync(sync: Sync) -> dict[str, Any]:
         "slug": sync.spec.slug,
         "disabled": sync.disabled,
         **sync.behaviour.model_dump(),
+    }
+
+
+def _sequence(sequence: Sequence) -> dict[str, Any]:
+    return {
+        "id": sequence.spec.sequence_id,
+        "name": sequence.spec.name,
+        "syncs": sequence.spec.sync_ids,
+        **sequence.behaviour.model_dump(),
+        "runs": [run.reply() for run in list(sequence.runs)],
+    }
+
+
+def _census(sync: CensusSync) -> dict[str, Any]:
+    return {
+        "id": sync.spec.sync_id,
+        "label": sync.spec.label,
+        "paused": sync.paused,
+        **sync.behaviour.model_dump(),
+        "runs": [run.reply() for run in list(sync.runs)],
     }
 
 

@@ -11,7 +11,17 @@ from typing import Any, Literal, Self
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Vendor = Literal["airbyte", "hightouch", "slack", "pagerduty", "dbt_cloud", "fivetran", "power_bi", "tableau"]
+Vendor = Literal[
+    "airbyte",
+    "hightouch",
+    "slack",
+    "pagerduty",
+    "dbt_cloud",
+    "fivetran",
+    "power_bi",
+    "tableau",
+    "census",
+]
 FaultKind = Literal[
     "status",
     "html",

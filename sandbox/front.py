@@ -20,6 +20,7 @@ _VENDORS = (
     ("/api/public/", "airbyte"),
     ("/api/v1/", "airbyte"),
     ("/hightouch/api/", "hightouch"),
+    ("/census/api/", "census"),
     ("/services/", "slack"),
     ("/api/v2/", "dbt_cloud"),
     ("/fivetran/v1/", "fivetran"),

@@ -20,6 +20,14 @@ def guide(sandbox: Sandbox) -> str:
     syncs = "\n".join(
         f"    {spec.sync_id}  {spec.slug:<26} {spec.table:<29} owner={spec.owner}" for spec in catalog.SYNCS
     )
+    sequences = "\n".join(
+        f"    {spec.sequence_id:<4} {spec.name:<26} {', then '.join(map(str, spec.sync_ids))}"
+        for spec in catalog.SEQUENCES
+    )
+    census = "\n".join(
+        f"    {spec.sync_id}  {spec.label:<26} {spec.table:<29} {spec.operation}"
+        for spec in catalog.CENSUS_SYNCS
+    )
     fivetran = "\n".join(
         f"    {spec.connection_id:<17} {spec.schema:<25} {spec.service:<14} {spec.stream.table}"
         for spec in catalog.FIVETRAN_CONNECTIONS
@@ -52,6 +60,14 @@ Hightouch, API v1
     API key        {catalog.HIGHTOUCH_API_KEY}
   syncs: each reads its table from the warehouse
 {syncs}
+  sequences
+{sequences}
+
+Census, API v1
+    base URL       {sandbox.census_url}
+    API key        {catalog.CENSUS_API_KEY}
+  syncs: each reads its table from the warehouse
+{census}
 
 Fivetran, REST API v1
     base URL       {sandbox.fivetran_url}
@@ -97,6 +113,8 @@ Look
     who asked what    curl '{control}/requests?vendor=airbyte'
     Airbyte's jobs    curl {control}/jobs
     Hightouch's runs  curl {control}/runs
+    its sequences     curl {control}/sequences
+    Census's runs     curl {control}/census/syncs
     Fivetran's syncs  curl {control}/fivetran/connections
     dbt Cloud's runs  curl {control}/dbt/runs
     dashboards        curl {control}/dashboards
@@ -112,6 +130,9 @@ Make trouble
       attempts, reason, rejected (rows), tags
     the CRM sync rejects some rows:
       curl -X PATCH {control}/syncs/101 -d '{{"outcome":"warn"}}'
+    some records of a Census sync are rejected, some are invalid:
+      curl -X PATCH {control}/census/syncs/401 -d '{{"outcome":"partial"}}'
+      outcomes: succeed partial fail cancel stuck zero_rows unknown_word; also: paused
     the source of a Fivetran connection has no quota left, once:
       curl -X PATCH {control}/fivetran/connections/gusty_anemometer \\
         -d '{{"outcome":"reschedule","times":1}}'

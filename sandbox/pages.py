@@ -40,6 +40,8 @@ class Pages:
             Route("/hightouch/{workspace}/syncs/{sync}/runs/{run}", self.sync),
             Route("/power_bi/app/groups/{group}/settings/datasets/{board}", self.dashboard),
             Route("/tableau/site/{site}/workbooks/{board}", self.dashboard),
+            Route("/hightouch/sequences/{sequence}", self.sequence),
+            Route("/census/workspaces/{workspace}/syncs/{sync}/sync-history", self.census),
             Route("/fivetran/dashboard/connectors/{connection}/status", self.fivetran),
             Route("/deploy/{account}/projects/{project}/runs/{run:int}/", self.dbt_run),
         ]
@@ -98,6 +100,38 @@ class Pages:
         ]
         table = _table(["refresh", "state", "created", "rows"], rows, None)
         return _page(f"{board.spec.product} {board.spec.name}", f"<p>Shows {board.spec.table}</p>{table}")
+
+    async def sequence(self, request: Request) -> Response:
+        """A Hightouch sequence and its runs, newest first."""
+        try:
+            sequence = self.sandbox.hightouch.sequences.sequence(request.path_params["sequence"])
+        except KeyError:
+            return _page("Not found", "<p>There is no such sequence.</p>", 404)
+        rows: list[list[object]] = [
+            [run.run_id, run.word, ", ".join(f"{member.sync_id} {member.status}" for member in run.members)]
+            for run in reversed(list(sequence.runs))
+        ]
+        table = _table(["run", "status", "syncs"], rows, None)
+        return _page(f"Hightouch sequence {sequence.spec.name}", table)
+
+    async def census(self, request: Request) -> Response:
+        """A Census sync and its runs, newest first."""
+        try:
+            sync = self.sandbox.census.sync(request.path_params["sync"])
+        except KeyError:
+            return _page("Not found", "<p>There is no such sync.</p>", 404)
+        rows: list[list[object]] = [
+            [
+                reply["id"],
+                reply["status"],
+                reply["created_at"],
+                reply["records_updated"],
+                reply["error_detail"],
+            ]
+            for reply in (run.reply() for run in reversed(list(sync.runs)))
+        ]
+        table = _table(["run", "status", "created", "records", "error"], rows, None)
+        return _page(f"Census sync {sync.spec.label}", f"<p>Source: {sync.spec.table}</p>{table}")
 
     async def fivetran(self, request: Request) -> Response:
         """A Fivetran connection and its syncs, newest first."""

@@ -21,6 +21,7 @@ from sandbox import (
     airbyte_api,
     airbyte_config_api,
     catalog,
+    census_api,
     control,
     dashboards_api,
     dbt_cloud_api,
@@ -32,6 +33,7 @@ from sandbox import (
 )
 from sandbox.airbyte import Airbyte
 from sandbox.airbyte_door import Door
+from sandbox.census import Census
 from sandbox.dashboards import Dashboards
 from sandbox.dbt_cloud import DbtCloud
 from sandbox.faults import FaultBook
@@ -65,7 +67,7 @@ class Sandbox:
     Args:
         state_dir: where unzipped sources, and the warehouse if no path is given, are kept.
         port: the port on 127.0.0.1; 0 takes a free one.
-        warehouse: the DuckDB file that Airbyte loads and Hightouch reads.
+        warehouse: the DuckDB file that connections load and activations read.
         job_seconds: how long jobs take at least, until changed per connection or sync.
         tls: serve https with its certificate, for clients that know nothing else.
 
@@ -93,6 +95,7 @@ class Sandbox:
         self.dbt_cloud = DbtCloud(self.warehouse, job_seconds)
         self.fivetran = Fivetran(self.warehouse, job_seconds)
         self.dashboards = Dashboards(self.warehouse, job_seconds)
+        self.census = Census(self.warehouse, job_seconds)
         self.slack = Slack()
         self.pagerduty = PagerDuty()
         self.requests = RequestLog()
@@ -124,6 +127,7 @@ class Sandbox:
                 *dbt_cloud_api.DbtCloudApi(self.dbt_cloud).routes(),
                 *fivetran_api.FivetranApi(self.fivetran).routes(),
                 *dashboards_api.DashboardsApi(self.dashboards).routes(),
+                *census_api.CensusApi(self.census).routes(),
                 *self.slack.routes(),
                 *slack_chat.SlackChat(self.slack).routes(),
                 *self.pagerduty.routes(),
@@ -153,6 +157,11 @@ class Sandbox:
     def hightouch_url(self) -> str:
         """The base URL of Hightouch's API."""
         return f"{self.url}{hightouch_api.PREFIX}"
+
+    @property
+    def census_url(self) -> str:
+        """The base URL of Census's API."""
+        return f"{self.url}{census_api.PREFIX}"
 
     @property
     def dbt_cloud_url(self) -> str:
@@ -223,6 +232,7 @@ class Sandbox:
         self._thread = None
         self.airbyte.stop()
         self.hightouch.stop()
+        self.census.stop()
         self.dbt_cloud.stop()
         self.fivetran.stop()
         self.dashboards.stop()

@@ -214,7 +214,13 @@ class Stage:
         """
         from prefect_slack import SlackCredentials, SlackWebhook
 
-        from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials, PagerDutyRouting
+        from blocks import (
+            AirbyteServer,
+            CensusCredentials,
+            FivetranCredentials,
+            HightouchCredentials,
+            PagerDutyRouting,
+        )
         from blocks.dashboards import power_bi_refresh, tableau_extract_refresh
 
         AirbyteServer(
@@ -227,6 +233,12 @@ class Stage:
             base_url=f"{self.sandbox_url}/hightouch/api/v1",
             app_url=f"{self.sandbox_url}/hightouch",
         ).save("hightouch", overwrite=True)
+        CensusCredentials(
+            api_key=catalog.CENSUS_API_KEY,
+            base_url=f"{self.sandbox_url}/census/api/v1",
+            app_url=f"{self.sandbox_url}/census",
+            workspace_id=str(catalog.CENSUS_WORKSPACE_ID),
+        ).save("census", overwrite=True)
         FivetranCredentials(
             api_key=catalog.FIVETRAN_API_KEY,
             api_secret=catalog.FIVETRAN_API_SECRET,

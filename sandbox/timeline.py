@@ -28,6 +28,8 @@ AirbyteFailure = Literal["config_error", "system_error", "transient_error", "hea
 HightouchOutcome = Literal[
     "succeed", "warn", "fail", "cancel", "interrupt", "stuck", "zero_rows", "unknown_word"
 ]
+SequenceOutcome = Literal["succeed", "cancel", "stuck", "unknown_word"]
+CensusOutcome = Literal["succeed", "partial", "fail", "cancel", "stuck", "zero_rows", "unknown_word"]
 
 DbtCloudOutcome = Literal["succeed", "warn", "fail", "fail_setup", "cancel", "stuck", "unknown_word"]
 FivetranOutcome = Literal[
@@ -96,6 +98,22 @@ class FivetranBehaviour(Behaviour):
     rescheduled_seconds: float = Field(
         1.0, ge=0, description="How far ahead a sync that the source's quota stopped is rescheduled."
     )
+
+
+class SequenceBehaviour(Behaviour):
+    """How a Hightouch sequence's runs behave; how its syncs end, the syncs say."""
+
+    duration: float = Field(0.0, ge=0, description="A run goes on at least this long after its last sync.")
+    outcome: SequenceOutcome = "succeed"
+
+
+class CensusBehaviour(Behaviour):
+    """How a Census sync's runs behave."""
+
+    outcome: CensusOutcome = "succeed"
+    failed: float = Field(0.1, ge=0, le=1, description="The share of rows outcome partial fails.")
+    invalid: float = Field(0.05, ge=0, le=1, description="The share of rows that it finds invalid.")
+    cancel_word: str = Field("cancelled", description="The status beside `canceled: true`: undocumented.")
 
 
 @dataclass(frozen=True, slots=True)

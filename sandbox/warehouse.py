@@ -108,6 +108,17 @@ class Warehouse:
         with self._visit(cancelled) as db, suppress(duckdb.CatalogException):
             db.execute(f"DELETE FROM {stream.table}")  # noqa: S608 - the name comes from our own catalog
 
+    def count(self, table: str, cancelled: threading.Event | None = None) -> int | None:
+        """The rows of ``schema.table``, or None when there is no such table."""
+        if not self.path.exists():
+            return None
+        with self._visit(cancelled) as db:
+            try:
+                row = db.execute(f"SELECT count(*) FROM {table}").fetchone()  # noqa: S608 - our own catalog
+            except duckdb.CatalogException:
+                return None
+        return int(row[0]) if row else None
+
     def hashes(self, table: str, cancelled: threading.Event | None = None) -> list[int] | None:
         """A hash of every row of ``schema.table``, or None when there is no such table."""
         if not self.path.exists():
