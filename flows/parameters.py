@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 from tasks.airbyte import AirbyteConnections, AirbyteSync
+from tasks.census import CensusSync
 from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
 from tasks.fivetran import FivetranSync
@@ -27,7 +28,7 @@ Sync = Annotated[AirbyteSync | AirbyteConnections | FivetranSync | HttpJobRun, F
 Transform = Annotated[DbtCore | DbtCloud, Field(discriminator="tool")]
 """What builds models."""
 
-Activation = Annotated[HightouchSync | HttpJobRun, Field(discriminator="tool")]
+Activation = Annotated[HightouchSync | CensusSync | HttpJobRun, Field(discriminator="tool")]
 """What sends models on to where they are used."""
 
 Notify = Annotated[SlackNotify | SlackChannel | PagerDutyNotify, Field(discriminator="tool")]

@@ -8,7 +8,7 @@ from typing import Any
 
 from prefect import Task
 
-from tasks import airbyte, dbt_cloud, dbt_core, fivetran, hightouch, http_job
+from tasks import airbyte, census, dbt_cloud, dbt_core, fivetran, hightouch, http_job
 from tasks.dbt.model import DbtPlan, DbtResult
 from tasks.jobs import JobVendor, Tool
 
@@ -32,7 +32,7 @@ class Transform:
 
 TOOLS: dict[str, Tool] = {
     word: tool
-    for tool in (airbyte.TOOL, fivetran.TOOL, hightouch.TOOL, http_job.TOOL)
+    for tool in (airbyte.TOOL, census.TOOL, fivetran.TOOL, hightouch.TOOL, http_job.TOOL)
     for word in (tool.name, *tool.selections)
 }
 """The tools whose jobs a flow runs, by what is written as `tool`."""
