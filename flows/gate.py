@@ -149,5 +149,7 @@ class Gate:
             above = lineage.upstream([exposure.unique_id])
             late = [job for job in late if above & self.sources_of(job)]
             failed = [node for node in failed if above & lineage.tainted([node])]
-        keys = [f"{job.vendor}/{job.resource_id}" for job in late]
+        waits_for = {(job.vendor, job.resource_id) for job in late}
+        keys = [f"{job.vendor}/{job.resource_id}" for job in late if not job.good]
+        keys += [found.key for found in self.findings if (found.vendor, found.resource_id) in waits_for]
         return [*keys, *map(node_key, failed), *([self.transform_key] if self.transform_key else [])]

@@ -60,7 +60,7 @@ def look_at_gates(gates: Sequence[GateCheck], jobs: Sequence[JobResult]) -> Look
         looked.steps += [_shut(gate, finding) for finding in found] or [_open(gate)]
         shut = {(finding.vendor, finding.resource_id) for finding in found}
         looked.passed += [
-            _shut(gate, Finding.of(gate, job, "")).key
+            Finding.of(gate, job, "").key
             for job in gate.about(jobs)
             if job.good and (job.vendor, job.resource_id) not in shut
         ]
@@ -87,7 +87,7 @@ def _shut(gate: GateCheck, finding: Finding) -> Step:
     return Step(
         kind="gate",
         tool=gate.tool,
-        resource_id=f"{finding.resource_id}/{finding.gate}",
+        resource_id=finding.about,
         name=f"{finding.gate} of {finding.name}",
         owner=finding.owner,
         state=StepState.FAILED,

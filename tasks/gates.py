@@ -132,6 +132,7 @@ class Finding(BaseModel):
     """That a gate stays shut for a connection, and why.
 
     Attributes:
+        tool: The gate's kind.
         gate: The gate's label.
         vendor: The vendor of the connection.
         resource_id: The connection.
@@ -142,6 +143,7 @@ class Finding(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
+    tool: str
     gate: str
     vendor: str
     resource_id: str
@@ -149,10 +151,21 @@ class Finding(BaseModel):
     owner: str | None
     message: str
 
+    @property
+    def about(self) -> str:
+        """What the gate's step is about: this gate, for this connection."""
+        return f"{self.resource_id}/{self.gate}"
+
+    @property
+    def key(self) -> str:
+        """The key of the gate's step."""
+        return f"{self.tool}/{self.about}"
+
     @classmethod
     def of(cls, gate: RowsGate | SqlGate, job: JobResult, message: str) -> Finding:
         """What a gate has to say of a sync."""
         return cls(
+            tool=gate.tool,
             gate=gate.label,
             vendor=job.vendor,
             resource_id=job.resource_id,

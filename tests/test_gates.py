@@ -151,6 +151,9 @@ def test_a_sync_that_succeeded_with_nothing(box: Sandbox, runs: Runs, tmp_path: 
     carriers, places = report.of("activation")
     assert (carriers.state, places.state) == (StepState.SUCCEEDED, StepState.HELD)
     assert places.message == "airports did not pass the gate, and places is built on it"
+    assert places.because == [gate.key]
+    (told,) = box.slack.sent_to("reference-data")
+    assert told.text.endswith(f"○ held back: weather-delays-to-braze ({places.message})")
 
     box.airbyte.set("airports", outcome="succeed")
     again = runs.run(elt_chain, runs.create(elt_chain, {**parameters, "allow_failure": "none"})).result()
@@ -158,6 +161,7 @@ def test_a_sync_that_succeeded_with_nothing(box: Sandbox, runs: Runs, tmp_path: 
     # What an incident about the gate was called is well again.
     assert gate.key in again.passed
     assert gate.key not in report.passed
+    assert "rows of airports* is well again" in box.slack.sent_to("reference-data")[-1].text
 
 
 def test_a_gate_about_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
