@@ -1,49 +1,41 @@
 """The standing jobs of a dbt project: the full build, the smoke test, a full refresh, the sources' freshness.
 
 For a warehouse whose loads have their own schedule; what shall be built right after its load is a transform
-of `elt_chain`. They need no block. Retries happen inside the run, and do only what failed and was skipped.
+of `elt_chain`. They need a block only for whom to tell. Retries happen inside the run, and do only what
+failed and was skipped.
 """
 
 # No `from __future__ import annotations` here: see flows/elt.py.
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated
 from uuid import UUID
 
 from prefect import flow
-from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
-from prefect.states import Completed, Failed
+from prefect.states import Completed
 from pydantic import Field
 
-from flows.fan_out import KNOWN_ERRORS, refuse, submit
-from flows.node_report import publish_build, publish_freshness
+from flows.alerts import tell_of_end
+from flows.fan_out import KNOWN_ERRORS, submit
+from flows.parameters import NotifyList
+from flows.standing import StandingJob
 from tasks.dbt.choice import incremental_models, with_all_below, words
 from tasks.dbt.freshness import Freshness
-from tasks.dbt_core import (
-    DbtBuildFailed,
-    DbtCore,
-    DbtInputError,
-    DbtResult,
-    DbtState,
-    SourcesStale,
-    dbt_build,
-    dbt_freshness,
-    dbt_plan,
-    dbt_previous,
-)
-from tasks.jobs import EventLoopTaskRunner, without_traceback
+from tasks.dbt_core import DbtCore, DbtInputError, DbtResult, DbtState, dbt_previous
+from tasks.jobs import EventLoopTaskRunner
 
 Retries = Annotated[int, Field(ge=0, description="How often what failed is tried again within the run.")]
 Delay = Annotated[float, Field(ge=0, description="Seconds to wait before each of these retries.")]
+Names = Annotated[list[str], Field(min_length=1)]
 
 
-@flow(name="dbt-build", task_runner=EventLoopTaskRunner())
+@flow(name="dbt-build", task_runner=EventLoopTaskRunner(), on_crashed=[tell_of_end], on_failure=[tell_of_end])
 def build_project(
     dbt: DbtCore,
     from_models: list[str] = [],  # noqa: B006 - never changed; a form shows it as an empty list
     retry_of: UUID | None = None,
     retries: Retries = 2,
     retry_delay: Delay = 60.0,
+    notify: NotifyList = [],  # noqa: B006 - as above
 ) -> DbtResult:
     """Build a dbt project: all of it, some models and everything below them, or what an earlier run left.
 
@@ -57,16 +49,19 @@ def build_project(
             with the selection and variables that it had.
         retries: How often what failed is tried again within the run. Takes the place of `dbt.retries`.
         retry_delay: Seconds to wait before each of these retries. Takes the place of `dbt.retry_delay`.
+        notify: Who is told of what fails and of its recovery.
 
     Returns:
         Every node with its state.
 
     Raises:
         DbtBuildFailed: Nodes failed; `.result` has all of them.
-        DbtError: dbt could not run, or what was asked for is not in the project.
+        DbtError, BlockNotFound: dbt could not run, or what was asked for is not there.
     """
+    job = StandingJob(dbt, notify, retries, retry_delay)
     exclude: list[str] = []
     try:
+        job.ready()
         if retry_of is not None:
             if from_models:
                 raise DbtInputError(
@@ -74,23 +69,31 @@ def build_project(
                 )
             before = submit(dbt_previous, dbt, retry_of).result()
             if before.complete and not before.left:
-                return _nothing_left(retry_of)  # type: ignore[return-value]  # Prefect takes a State for it
+                message = f"flow run {retry_of} left nothing undone: every node succeeded"
+                nothing = DbtResult(state=DbtState.SKIPPED, message=message)
+                # Prefect takes a State for the result in it.
+                return Completed(name="NothingToRetry", message=message, data=nothing)  # type: ignore[return-value]
             dbt, exclude = before.apply(dbt), before.left_out
         elif from_models:
             if dbt.select or dbt.selector:
                 raise DbtInputError(
                     "from_models says what is built: leave `select` and `selector` of dbt empty."
                 )
-            lineage = submit(dbt_plan, dbt).result().lineage
+            lineage = job.plan(dbt).lineage
             dbt = dbt.model_copy(update={"select": with_all_below(lineage, from_models)})
     except KNOWN_ERRORS as error:
-        return refuse(error)  # type: ignore[return-value]
-    return _end([_build(dbt, retries, retry_delay, exclude, retry_of)])  # type: ignore[return-value]
+        return job.refuse(error)  # type: ignore[no-any-return]
+    job.build(dbt, exclude, retry_of)
+    return job.ended()  # type: ignore[no-any-return]
 
 
-@flow(name="dbt-smoke", task_runner=EventLoopTaskRunner())
+@flow(name="dbt-smoke", task_runner=EventLoopTaskRunner(), on_crashed=[tell_of_end], on_failure=[tell_of_end])
 def smoke_test(
-    dbt: DbtCore, selector: str = "smoke", retries: Retries = 2, retry_delay: Delay = 60.0
+    dbt: DbtCore,
+    selector: str = "smoke",
+    retries: Retries = 2,
+    retry_delay: Delay = 60.0,
+    notify: NotifyList = [],  # noqa: B006 - as above
 ) -> list[DbtResult]:
     """Load the seeds, then build what a selector names: a quick proof that all is in order.
 
@@ -101,40 +104,42 @@ def smoke_test(
         selector: Name of the selector in selectors.yml.
         retries: How often what failed is tried again within the run. Takes the place of `dbt.retries`.
         retry_delay: Seconds to wait before each of these retries. Takes the place of `dbt.retry_delay`.
+        notify: Who is told of what fails and of its recovery.
 
     Returns:
         The seeds' result (if the project has any) and the selector's.
 
     Raises:
         DbtBuildFailed: Nodes failed; `.result` has all of them.
-        DbtError: dbt could not run, or there is no such selector.
+        DbtError, BlockNotFound: dbt could not run, or there is no such selector.
     """
-    chosen = _like(dbt, command="build", selector=selector)
+    job = StandingJob(dbt, notify, retries, retry_delay)
+    chosen = job.like(selector=selector)
     try:
-        lineage = submit(dbt_plan, chosen).result().lineage
+        lineage = job.plan(chosen).lineage
     except KNOWN_ERRORS as error:
-        return refuse(error)  # type: ignore[return-value]
-    done: list[DbtResult | Exception] = []
-    if any(node.resource_type == "seed" for node in lineage.nodes.values()):
-        done.append(_build(_like(dbt, command="seed"), retries, retry_delay))
-        if isinstance(done[-1], Exception):
-            return _end(done, "SeedFailed", "the seeds failed")  # type: ignore[return-value]
-    else:
+        return job.refuse(error)  # type: ignore[no-any-return]
+    if not any(node.resource_type == "seed" for node in lineage.nodes.values()):
         get_run_logger().info("The project has no seeds.")
-    done.append(_build(chosen, retries, retry_delay))
-    return _end(done, "SmokeFailed", f"the selector {selector} failed", data=done)  # type: ignore[return-value]
+    elif job.build(job.like(command="seed")) is None:
+        return job.ended("SeedFailed", "the seeds failed")  # type: ignore[no-any-return]
+    job.build(chosen)
+    return job.ended("SmokeFailed", f"the selector {selector} failed", all_results=True)  # type: ignore[no-any-return]
 
 
-@flow(name="dbt-full-refresh", task_runner=EventLoopTaskRunner())
+@flow(
+    name="dbt-full-refresh",
+    task_runner=EventLoopTaskRunner(),
+    on_crashed=[tell_of_end],
+    on_failure=[tell_of_end],
+)
 def full_refresh(
     dbt: DbtCore,
-    models: Annotated[
-        list[str],
-        Field(min_length=1, description="Incremental models, by name, that are rebuilt from nothing."),
-    ],
+    models: Names,
     below: bool = False,
     retries: Retries = 2,
     retry_delay: Delay = 60.0,
+    notify: NotifyList = [],  # noqa: B006 - as above
 ) -> list[DbtResult]:
     """Rebuild incremental models from nothing, with their tests.
 
@@ -145,36 +150,46 @@ def full_refresh(
         below: Also build what is downstream of them, that not from nothing.
         retries: How often what failed is tried again within the run. Takes the place of `dbt.retries`.
         retry_delay: Seconds to wait before each of these retries. Takes the place of `dbt.retry_delay`.
+        notify: Who is told of what fails and of its recovery.
 
     Returns:
         What was rebuilt, and with `below` what was built on it.
 
     Raises:
         DbtBuildFailed: Nodes failed; `.result` has all of them.
-        DbtError: dbt could not run, or a model can't be rebuilt.
+        DbtError, BlockNotFound: dbt could not run, or a model can't be rebuilt.
     """
     logger = get_run_logger()
+    job = StandingJob(dbt, notify, retries, retry_delay)
     try:
-        lineage = submit(dbt_plan, _like(dbt, command="build")).result().lineage
+        lineage = job.plan(job.like()).lineage
         chosen = incremental_models(lineage, models)
     except KNOWN_ERRORS as error:
-        return refuse(error)  # type: ignore[return-value]
-    names = words(lineage, chosen)
+        return job.refuse(error)  # type: ignore[no-any-return]
+    names, ids = words(lineage, chosen), {node.unique_id for node in chosen}
     logger.info("Rebuilding from nothing: %s", ", ".join(names))
-    done = [_build(_like(dbt, command="build", select=names, full_refresh=True), retries, retry_delay)]
-    rebuilt = {node.unique_id for node in chosen}
-    for node in done[0].nodes if isinstance(done[0], DbtResult) else ():
-        if node.unique_id in rebuilt:
+    built = job.build(job.like(select=names, full_refresh=True))
+    for node in built.nodes if built else ():
+        if node.unique_id in ids:
             rows = f", {node.rows:,} rows" if node.rows is not None else ""
             logger.info("Rebuilt from nothing: %s in %.1f s%s", node.label, node.duration, rows)
-    if below and isinstance(done[0], DbtResult) and lineage.downstream(rebuilt):
-        down = _like(dbt, command="build", select=[f"{name}+" for name in names], exclude=names)
-        done.append(_build(down, retries, retry_delay))
-    return _end(done, data=done)  # type: ignore[return-value]
+    if built and below and lineage.downstream(ids):
+        job.build(job.like(select=[f"{name}+" for name in names], exclude=names))
+    return job.ended(all_results=True)  # type: ignore[no-any-return]
 
 
-@flow(name="dbt-freshness", task_runner=EventLoopTaskRunner())
-def source_freshness(dbt: DbtCore, retries: Retries = 1, retry_delay: Delay = 30.0) -> Freshness:
+@flow(
+    name="dbt-freshness",
+    task_runner=EventLoopTaskRunner(),
+    on_crashed=[tell_of_end],
+    on_failure=[tell_of_end],
+)
+def source_freshness(
+    dbt: DbtCore,
+    retries: Retries = 1,
+    retry_delay: Delay = 30.0,
+    notify: NotifyList = [],  # noqa: B006 - as above
+) -> Freshness:
     """Look how old the data of the sources is, by the thresholds in the dbt project.
 
     The run is Completed if all are fresh, `Stale` (a Completed state) if one is past its warning threshold,
@@ -184,67 +199,18 @@ def source_freshness(dbt: DbtCore, retries: Retries = 1, retry_delay: Delay = 30
         dbt: The project, and which of its sources; all that have a threshold if it selects nothing.
         retries: How often it is looked again when a source fails. Takes the place of `dbt.retries`.
         retry_delay: Seconds to wait before each of these retries. Takes the place of `dbt.retry_delay`.
+        notify: Who is told of what fails and of its recovery.
 
     Returns:
         Every source with its age.
 
     Raises:
         SourcesStale: A source fails; `.result` has all of them.
-        DbtError: dbt could not run, or no source has a threshold.
+        DbtError, BlockNotFound: dbt could not run, or no source has a threshold.
     """
-    look = dbt_freshness.with_options(retries=retries, retry_delay_seconds=retry_delay)
-    found: Any = submit(look, dbt).result(raise_on_failure=False)
-    result = found.result if isinstance(found, SourcesStale) else found
-    if not isinstance(result, Freshness):
-        return refuse(found)  # type: ignore[return-value]
-    if isinstance(found, SourcesStale):
-        without_traceback(SourcesStale)
-        publish_freshness("Failed", result)
-        return Failed(message=result.message, data=found.with_traceback(None))  # type: ignore[return-value]
-    ending = "Stale" if result.state is DbtState.WARN else "Completed"
-    publish_freshness(ending, result)
-    return Completed(name=ending, message=result.message, data=result)  # type: ignore[return-value]
-
-
-def _like(dbt: DbtCore, **said: Any) -> DbtCore:
-    """The same project with another command and selection."""
-    nothing: dict[str, Any] = {"select": [], "exclude": [], "selector": None, "full_refresh": False}
-    return DbtCore.model_validate({**dbt.model_dump(), **nothing, **said})
-
-
-def _build(
-    dbt: DbtCore,
-    retries: int,
-    delay: float,
-    exclude: Sequence[str] = (),
-    retry_of: UUID | None = None,
-) -> DbtResult | Exception:
-    """A result, or what the step failed with once its retries are used up."""
-    step = dbt_build.with_options(retries=retries, retry_delay_seconds=delay)
-    found: Any = submit(step, dbt, exclude, retry_of).result(raise_on_failure=False)
-    return found if isinstance(found, DbtResult | Exception) else RuntimeError(str(found))
-
-
-def _end(
-    done: Sequence[DbtResult | Exception],
-    name: Literal["Failed", "SeedFailed", "SmokeFailed"] = "Failed",
-    what: str = "",
-    data: Any = None,
-) -> State[Any]:
-    """Publish the report, and end as the last of the builds has ended."""
-    last = done[-1]
-    results = [found.result if isinstance(found, DbtBuildFailed) else found for found in done]
-    ending = name if isinstance(last, Exception) else "Completed"
-    publish_build(ending, [found for found in results if isinstance(found, DbtResult)])
-    if isinstance(last, Exception):
-        without_traceback(*KNOWN_ERRORS)
-        message = f"{what}: {last}" if what else str(last)
-        return Failed(name=name, message=message, data=last.with_traceback(None))
-    return Completed(message=last.message, data=data or last)
-
-
-def _nothing_left(retry_of: UUID) -> State[DbtResult]:
-    message = f"flow run {retry_of} left nothing undone: every node succeeded"
-    return Completed(
-        name="NothingToRetry", message=message, data=DbtResult(state=DbtState.SKIPPED, message=message)
-    )
+    job = StandingJob(dbt, notify, retries, retry_delay)
+    try:
+        job.ready()
+    except KNOWN_ERRORS as error:
+        return job.refuse(error)  # type: ignore[no-any-return]
+    return job.looked(job.look())  # type: ignore[no-any-return]

@@ -108,7 +108,9 @@ def check_end(end: dict[str, Any] | None, process: DbtProcess, command: str, don
         return
     if end is not None:
         text = str(end["error"])
-        wrong = DbtInputError if end.get("kind") in _USERS_ERRORS else DbtError
+        # dbt has no class of its own for a selector that is not there.
+        users = end.get("kind") in _USERS_ERRORS or "Could not find selector" in text
+        wrong = DbtInputError if users else DbtError
         raise wrong(locked(text) or f"dbt {command} could not run: {one_line(text, 800)}")
     code = process.exit_code or 0
     after = f" after {done} nodes" if done else ""

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.dbt.invocation import Invocation
-from tasks.dbt.model import DbtError, DbtState, one_line
+from tasks.dbt.model import DbtError, DbtState, reason_of
 
 
 class SourceAge(BaseModel):
@@ -38,7 +38,7 @@ class SourceAge(BaseModel):
     def sentence(self) -> str:
         """How old it is, and what is allowed."""
         if self.state is DbtState.ERROR or self.age is None:
-            return one_line(self.message or "it could not be looked at", 300)
+            return reason_of(self.message) or "it could not be looked at"
         limit, word = self.warn_after, "warns"
         if self.state is DbtState.FAIL or limit is None:
             limit, word = self.error_after, "fails"
