@@ -8,6 +8,7 @@ from typing import Any
 from uuid import UUID
 
 import duckdb
+import httpx
 import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
@@ -18,6 +19,7 @@ from blocks.dashboards import power_bi_refresh, tableau_extract_refresh
 from blocks.http import AuthError, BadReply, VendorError, VendorUnavailable
 from flows import sync_connections
 from sandbox import Sandbox, catalog
+from tasks.dbt.lineage import Lineage
 from tasks.http_job import TOOL, HttpJobRun, http_job, http_job_check
 from tasks.http_job_vendor import HttpJobRequest, HttpJobVendor
 from tasks.jobs import (
@@ -175,6 +177,7 @@ async def test_ends(desk: Desk, outcome: str, state: JobState, error: type[Excep
     assert result.name == desk.box.dashboards.dashboard(desk.board).spec.name
     assert result.duration is not None
     assert desk.board in str(result.url)
+    assert (await asyncio.to_thread(httpx.get, str(result.url))).status_code == 200
     if outcome == "fail":
         reason = {"power_bi": "CredentialsNotSpecified", "tableau": "Unable to connect"}
         assert reason[desk.product] in str(result.message)
@@ -187,11 +190,12 @@ async def test_an_unknown_word(power_bi: Desk, caplog: pytest.LogCaptureFixture)
     assert "'Pondering'" in caplog.text
 
 
-async def test_a_finish_code_before_the_end(tableau: Desk) -> None:
+async def test_a_finish_code_before_the_end(tableau: Desk, caplog: pytest.LogCaptureFixture) -> None:
     """Tableau's finish code says nothing before there is a completedAt."""
     tableau.behave(duration=0.5)
     tableau.fault(kind="null_fields", fields=["startedAt"], method="GET", path="/jobs/")
     assert (await tableau.run()).state is JobState.SUCCEEDED
+    assert "not in its contract" not in caplog.text
 
 
 async def test_not_visible_yet(power_bi: Desk) -> None:
@@ -518,6 +522,29 @@ async def test_saved_and_loaded(desk: Desk) -> None:
     assert by_name.model_dump(mode="json")["job"] == f"http-job/{name}"
     texts = "&".join(f"{key}={value}" for key, value in sorted(desk.arguments.items()))
     assert by_name.resource_id == f"{name}?{texts}"
+
+
+def test_in_a_dbt_project(desk: Desk) -> None:
+    """An exposure names the job with its arguments, so that a dashboard waits for what it is built on."""
+    run = HttpJobRun(job="dashboards", arguments=desk.arguments)
+    manifest = {
+        "sources": {"source.p.raw.weather": {"name": "weather", "source_name": "raw"}},
+        "nodes": {"model.p.delays": {"name": "delays", "depends_on": {"nodes": ["source.p.raw.weather"]}}},
+        "exposures": {
+            "exposure.p.board": {
+                "name": "board",
+                "depends_on": {"nodes": ["model.p.delays"]},
+                "config": {"meta": {"http_job": run.resource_id}},
+            }
+        },
+    }
+    lineage = Lineage.from_manifest(manifest)
+    exposure = lineage.exposure_for(key=TOOL.meta, value=run.resource_id)
+    assert exposure
+    assert exposure.name == "board"
+    assert lineage.why_held(exposure, ["source.p.raw.weather"], []) == (
+        "weather did not land, and delays is built on it"
+    )
 
 
 def test_in_a_flow(desk: Desk) -> None:
