@@ -439,13 +439,16 @@ async def test_a_refusal_with_status_200(api: Api) -> None:
 async def test_cancelling_takes_the_job_away(api: Api) -> None:
     """Where a cancelled job is gone from the API, that it is gone is its cancellation."""
     job = declared(base_url=api.url, cancel={"method": "DELETE", "path": "/runs/{job_id}"})
-    api.end = {}
-    running = asyncio.create_task(run(job))
+    api.end, journal = {}, MemoryJournal()
+    running = asyncio.create_task(run(job, journal))
     await until(lambda: any(method == "GET" for method, *_ in api.requests))
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
         await running
     assert api.runs == {}
+    (entry,) = journal.entries.values()
+    assert entry.result
+    assert "it was cancelled" in str(entry.result.message)
 
 
 async def test_arguments_cannot_change_the_address(api: Api) -> None:

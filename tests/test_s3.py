@@ -388,6 +388,27 @@ async def test_a_new_version_is_not_moved_by_mistake(store: Store, monkeypatch: 
     assert store.s3.head_object(Bucket=store.name, Key="in/1.csv")["ContentLength"] == 5
 
 
+async def test_what_was_written_anew_is_kept(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has changed since it was listed is not what was to be moved: the store is told, and it is kept."""
+    conditions = []
+    original = BucketClient._in_thread
+
+    async def noting(self: BucketClient, operation: str, *args: Any, **kwargs: Any) -> Any:
+        if operation == "copy_object":
+            conditions.append(kwargs["CopySourceIfMatch"])
+        return await original(self, operation, *args, **kwargs)
+
+    monkeypatch.setattr(BucketClient, "_in_thread", noting)
+    store.put("in/1.csv", body=b"old")
+    (found,) = await s3_list(store.block())
+    store.put("in/1.csv", body=b"new")
+    with pytest.raises(S3Error, match="written anew"):
+        await s3_move([found], store.block(), "out/")
+    # moto copies all the same; S3 refuses.
+    assert conditions == [f'"{found.etag}"']
+    assert store.s3.get_object(Bucket=store.name, Key="in/1.csv")["Body"].read() == b"new"
+
+
 async def test_moves_that_would_lose_something(store: Store) -> None:
     """Two objects under one key, or one onto itself: refused before anything is moved."""
     store.put("in/a/1.csv", "in/b/1.csv")
