@@ -108,7 +108,7 @@ def elt_chain(
         if looking_at_gates:
             looking_at_gates.result()
         jobs_asked_for = [found.request for found in (*checked, *checked_activations)]
-        check_gate_names(gates, jobs_asked_for)
+        check_gate_names(gates, jobs_asked_for, transform)
         check_rule(allow_failure, ids_and_names([*before, *jobs_asked_for, *after]))
     except KNOWN_ERRORS as error:
         telling.refused(error)
@@ -136,7 +136,7 @@ def _run_all(
 ) -> EltReport:
     """Syncs, transform and activations, each as far as what is before it went well."""
     jobs = run_each(syncs)
-    looked = look_at_gates(gates, jobs)
+    looked = look_at_gates(gates, jobs, transform, plan)
     gate = Gate(plan, syncs, jobs, looked.findings)
     steps = [*steps_of(jobs), *looked.steps]
     nodes: list[DbtNode] = []

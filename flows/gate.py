@@ -9,8 +9,8 @@ from typing import Any
 from flows.report import Step, node_key
 from tasks.dbt.lineage import LineageNode, listed
 from tasks.dbt.model import DbtNode, DbtPlan, DbtState
-from tasks.gates import Finding
-from tasks.jobs import Checked, JobResult, Parameters
+from tasks.gates import SOURCE, Finding
+from tasks.jobs import Checked, JobResult, JobState, Parameters
 from tasks.tools import TOOLS
 
 _BUILT = frozenset({"model", "seed", "snapshot"})
@@ -53,6 +53,12 @@ class Gate:
             )
         shut = {(finding.vendor, finding.resource_id) for finding in self.findings}
         self.late = [job for job in self.outcomes if not job.good or (job.vendor, job.resource_id) in shut]
+        missing = set().union(*map(self.sources_of, self.late))
+        for finding in self.findings:
+            # What did not land is old, too; once is enough.
+            if finding.vendor == SOURCE and finding.resource_id not in missing:
+                self._sources[SOURCE, finding.resource_id] = {finding.resource_id}
+                self.late.append(_stale(finding))
         self.late_sources: set[str] = set().union(*map(self.sources_of, self.late))
 
     def sources_of(self, job: JobResult | Step) -> set[str]:
@@ -153,3 +159,10 @@ class Gate:
         keys = [f"{job.vendor}/{job.resource_id}" for job in late if not job.good]
         keys += [found.key for found in self.findings if (found.vendor, found.resource_id) in waits_for]
         return [*keys, *map(node_key, failed), *([self.transform_key] if self.transform_key else [])]
+
+
+def _stale(finding: Finding) -> JobResult:
+    """A source as if a sync of its own had filled it, which went well for all that anybody knows."""
+    return JobResult(
+        vendor=SOURCE, resource_id=finding.resource_id, name=finding.name, state=JobState.SUCCEEDED
+    )

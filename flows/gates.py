@@ -6,20 +6,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
 from flows.fan_out import submit
+from flows.parameters import GateCheck, Transform
 from flows.report import Step, StepState
-from tasks.gates import Finding, GateCheck, look_at_gate
-from tasks.jobs import InputError, JobResult, Request
+from tasks.dbt.freshness import Freshness, SourceAge, SourcesStale
+from tasks.dbt.model import DbtError, DbtPlan
+from tasks.dbt_core import DbtCore, dbt_freshness
+from tasks.gates import Finding, FreshnessGate, look_at_gate
+from tasks.jobs import InputError, JobResult, Request, without_traceback
 
 
-def check_gate_names(gates: Sequence[GateCheck], requests: Sequence[Request]) -> None:
-    """See that gates are about connections that are in the run.
+def check_gate_names(
+    gates: Sequence[GateCheck], requests: Sequence[Request], transform: Transform | None
+) -> None:
+    """See that gates are about connections that are in the run, and that freshness has a dbt project.
 
     Raises:
-        InputError: One names something else. Nothing was started.
+        InputError: One is not, or has none. Nothing was started.
     """
+    if any(isinstance(gate, FreshnessGate) for gate in gates) and not isinstance(transform, DbtCore):
+        raise InputError("A gate of freshness needs a transform by dbt-core. Nothing was started.")
     known = {text for request in requests for text in (request.resource_id, request.label)}
     for gate in gates:
         if unknown := [name for name in gate.connections if name not in known]:
@@ -43,16 +52,42 @@ class Looked:
     steps: list[Step] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
 
+    def add_sources(self, gate: FreshnessGate, ages: Sequence[SourceAge], plan: DbtPlan) -> None:
+        """Take in how old the sources are that something selected is built on."""
+        above = plan.lineage.upstream(plan.selected)
+        ages = [age for age in ages if age.unique_id in above]
+        found = gate.findings(ages)
+        for finding in found:
+            get_run_logger().warning("source %s: %s", finding.name, finding.message)
+        self.findings += found
+        self.steps += [_shut(gate, finding) for finding in found] or [_open(gate)]
+        shut = {finding.resource_id for finding in found}
+        self.passed += [
+            f"{gate.tool}/{age.unique_id}/{gate.label}" for age in ages if age.unique_id not in shut
+        ]
 
-def look_at_gates(gates: Sequence[GateCheck], jobs: Sequence[JobResult]) -> Looked:
+
+def look_at_gates(
+    gates: Sequence[GateCheck], jobs: Sequence[JobResult], transform: Transform | None, plan: DbtPlan | None
+) -> Looked:
     """Look at all gates at the same time.
 
     A gate that could not be looked at stays shut for all that it is about.
     """
-    looks = [submit(look_at_gate, gate, list(jobs)) for gate in gates]
+    without_traceback(DbtError)
+    looks: list[PrefectFuture[Any]] = [
+        submit(dbt_freshness, transform.whole)
+        if isinstance(gate, FreshnessGate) and isinstance(transform, DbtCore)
+        else submit(look_at_gate, gate, list(jobs))  # type: ignore[arg-type]  # freshness was just looked for
+        for gate in gates
+    ]
     looked = Looked()
     for gate, look in zip(gates, looks, strict=True):
         answer: Any = look.result(raise_on_failure=False)
+        if isinstance(gate, FreshnessGate) and plan and isinstance(answer, Freshness | SourcesStale):
+            ages = (answer.result if isinstance(answer, SourcesStale) else answer).sources
+            looked.add_sources(gate, ages, plan)
+            continue
         found = answer if isinstance(answer, list) else _blind(gate, jobs, answer)
         for finding in found:
             get_run_logger().warning("%s, %s: %s", finding.name, finding.gate, finding.message)

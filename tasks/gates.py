@@ -27,8 +27,13 @@ from pydantic import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from blocks.reference import block_name, load_block
+from tasks.dbt.freshness import SourceAge
+from tasks.dbt.model import DbtState
 from tasks.jobs import JobResult, JobState, without_traceback
 from tasks.jobs.history import Resource, rows_of_earlier_runs
+
+SOURCE = "dbt-source"
+"""Stands for the vendor of a finding about a dbt source, which nobody but dbt knows of."""
 
 
 class _Gate(BaseModel):
@@ -124,19 +129,53 @@ class SqlGate(_Gate):
         return " and ".join(bounds) or "no row"
 
 
-GateCheck = Annotated[RowsGate | SqlGate, Field(discriminator="tool")]
+class FreshnessGate(_Gate):
+    """`dbt source freshness`: the thresholds of the dbt project decide, source by source.
+
+    For a chain whose transform is dbt Core. A source past its error threshold, or that can't be looked at,
+    holds back what is built on it, whoever fills it.
+    """
+
+    tool: Literal["freshness"] = "freshness"
+    warnings: Literal["pass", "shut"] = Field(
+        default="pass", title="Warnings", description="What a source past its warning threshold does."
+    )
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return self.name or "freshness"
+
+    def findings(self, ages: Sequence[SourceAge]) -> list[Finding]:
+        """The sources for which it stays shut."""
+        late = (DbtState.FAIL, DbtState.ERROR, *([DbtState.WARN] if self.warnings == "shut" else []))
+        return [
+            Finding(
+                gate=self.label,
+                vendor=SOURCE,
+                resource_id=age.unique_id,
+                name=age.name,
+                owner=self.owner or age.owner,
+                message=age.sentence,
+            )
+            for age in ages
+            if age.state in late
+        ]
+
+
+GateCheck = Annotated[RowsGate | SqlGate | FreshnessGate, Field(discriminator="tool")]
 """A gate before the transform."""
 
 
 class Finding(BaseModel):
-    """That a gate stays shut for a connection, and why.
+    """That a gate stays shut for a connection or a dbt source, and why.
 
     Attributes:
         tool: The gate's kind.
         gate: The gate's label.
-        vendor: The vendor of the connection.
-        resource_id: The connection.
-        name: The connection's name.
+        vendor: The vendor of the connection; `SOURCE` of a source.
+        resource_id: The connection; a source's unique id.
+        name: Its name.
         owner: Who is told.
         message: What was expected and what was found.
     """
@@ -162,7 +201,7 @@ class Finding(BaseModel):
         return f"{self.tool}/{self.about}"
 
     @classmethod
-    def of(cls, gate: RowsGate | SqlGate, job: JobResult, message: str) -> Finding:
+    def of(cls, gate: _Gate, job: JobResult, message: str) -> Finding:
         """What a gate has to say of a sync."""
         return cls(
             tool=gate.tool,
@@ -194,8 +233,8 @@ def _run_name() -> str:
 
 
 @task(name="gate", task_run_name=_run_name, cache_policy=NO_CACHE)
-async def look_at_gate(gate: GateCheck, jobs: list[JobResult]) -> list[Finding]:
-    """See whether a gate opens. Not kept for a retry: what is looked at may have changed.
+async def look_at_gate(gate: RowsGate | SqlGate, jobs: list[JobResult]) -> list[Finding]:
+    """See whether a gate of rows or of SQL opens. Not kept for a retry: what is looked at may have changed.
 
     Args:
         gate: What is expected.

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from flows import RunFailed, StepState, elt_chain
 from flows.gates import check_gate_names
 from sandbox import Sandbox
-from tasks.gates import Finding, GateCheck, RowsGate, SqlGate, check_gates, look_at_gate
+from tasks.gates import Finding, FreshnessGate, GateCheck, RowsGate, SqlGate, check_gates, look_at_gate
 from tasks.jobs import InputError, JobResult, JobState
 from tasks.jobs.history import rows_of_earlier_runs
 from tests.flows_fixtures import Runs, box, runs, sources, starts
@@ -164,10 +164,42 @@ def test_a_sync_that_succeeded_with_nothing(box: Sandbox, runs: Runs, tmp_path: 
     assert "rows of airports* is well again" in box.slack.sent_to("reference-data")[-1].text
 
 
+@pytest.mark.timeout(240)  # seven starts of dbt
+def test_a_source_that_is_too_old(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
+    """A source past its error threshold holds back what is built on it, though its sync went well."""
+    parameters = _chain(box, tmp_path / "dbt", gates=[{"tool": "freshness"}], allow_failure="none")
+    schema = tmp_path / "dbt" / "models" / "schema.yml"
+    text = schema.read_text()
+    freshness = (
+        "loaded_at_query: \"select timestamp '{at}'\", freshness: {{error_after: {{count: 1, period: day}}}}"
+    )
+    old, new = (freshness.format(at=at) for at in ("2013-12-31 00:00:00", "2999-01-01 00:00:00"))
+    airports = "tables: [{name: airports"
+    schema.write_text(text.replace(airports, f"{airports}, config: {{{old}}}"))
+
+    with pytest.raises(RunFailed) as caught:
+        runs.run(elt_chain, runs.create(elt_chain, parameters)).result()
+    report: Any = caught.value.report
+    (gate,) = report.of("gate")
+    assert gate.state is StepState.FAILED
+    assert gate.name == "freshness of airports.airports"
+    assert "fails after 24 h" in gate.message
+    assert {node.name for node in report.nodes if node.resource_type == "model"} == {"carriers"}
+    assert report.held_nodes == {"places": "airports.airports did not pass the gate"}
+    assert [step.state for step in report.of("activation")] == [StepState.SUCCEEDED, StepState.HELD]
+
+    schema.write_text(text.replace(airports, f"{airports}, config: {{{new}}}"))
+    again = runs.run(elt_chain, runs.create(elt_chain, parameters)).result()
+    assert again.complete
+    assert gate.key in again.passed
+
+
 def test_a_gate_about_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
     """A gate about a connection that is not in the run, or with an unsaved database, starts nothing."""
     with pytest.raises(InputError, match=r"is about people, which is not in this run. In it are: \."):
-        check_gate_names([RowsGate(at_least=1, connections=["people"])], [])
+        check_gate_names([RowsGate(at_least=1, connections=["people"])], [], None)
+    with pytest.raises(InputError, match="needs a transform by dbt-core"):
+        check_gate_names([FreshnessGate()], [], None)
     gate = {"tool": "sql", "database": "nowhere", "query": "SELECT 1"}
     state = runs.run(elt_chain, runs.create(elt_chain, _chain(box, tmp_path / "dbt", gates=[gate])))
     assert state.name == "Failed"

@@ -141,5 +141,6 @@ def span(seconds: float | None) -> str:
         return ""
     for unit, length in (("d", 86400.0), ("h", 3600.0), ("min", 60.0)):
         if seconds >= 2 * length or (seconds >= length and unit == "min"):
-            return f"{seconds / length:.3g} {unit}"
+            many = seconds / length
+            return f"{many:,.0f} {unit}" if many >= 10 else f"{many:.2g} {unit}"
     return f"{max(seconds, 0):.0f} s"

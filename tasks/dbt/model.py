@@ -127,6 +127,11 @@ class DbtCore(BaseModel):
         return {"retries": self.retries, "retry_delay_seconds": self.retry_delay}
 
     @property
+    def whole(self) -> DbtCore:
+        """The same project without a selection."""
+        return self.model_copy(update={"select": [], "exclude": [], "selector": None})
+
+    @property
     def project(self) -> Path:
         """The project folder, absolute."""
         return self.project_dir.expanduser().absolute()
