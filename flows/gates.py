@@ -56,15 +56,12 @@ class Looked:
         """Take in how old the sources are that something selected is built on."""
         above = plan.lineage.upstream(plan.selected)
         ages = [age for age in ages if age.unique_id in above]
-        found = gate.findings(ages)
+        found = [gate.finding(age) for age in ages if gate.shut_for(age)]
         for finding in found:
             get_run_logger().warning("source %s: %s", finding.name, finding.message)
         self.findings += found
         self.steps += [_shut(gate, finding) for finding in found] or [_open(gate)]
-        shut = {finding.resource_id for finding in found}
-        self.passed += [
-            f"{gate.tool}/{age.unique_id}/{gate.label}" for age in ages if age.unique_id not in shut
-        ]
+        self.passed += [gate.finding(age).key for age in ages if not gate.shut_for(age)]
 
 
 def look_at_gates(

@@ -40,6 +40,7 @@ class _Gate(BaseModel):
     # pydantic's errors quote what they were given, and a database may be given with its password.
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
+    tool: str
     name: str = Field(default="", title="Name", description="For people; what is expected by default.")
     connections: list[str] = Field(
         default=[],
@@ -146,21 +147,22 @@ class FreshnessGate(_Gate):
         """What a person calls it."""
         return self.name or "freshness"
 
-    def findings(self, ages: Sequence[SourceAge]) -> list[Finding]:
-        """The sources for which it stays shut."""
+    def shut_for(self, age: SourceAge) -> bool:
+        """Whether it stays shut for a source of this age."""
         late = (DbtState.FAIL, DbtState.ERROR, *([DbtState.WARN] if self.warnings == "shut" else []))
-        return [
-            Finding(
-                gate=self.label,
-                vendor=SOURCE,
-                resource_id=age.unique_id,
-                name=age.name,
-                owner=self.owner or age.owner,
-                message=age.sentence,
-            )
-            for age in ages
-            if age.state in late
-        ]
+        return age.state in late
+
+    def finding(self, age: SourceAge) -> Finding:
+        """What it has to say of a source."""
+        return Finding(
+            tool=self.tool,
+            gate=self.label,
+            vendor=SOURCE,
+            resource_id=age.unique_id,
+            name=age.name,
+            owner=self.owner or age.owner,
+            message=age.sentence,
+        )
 
 
 GateCheck = Annotated[RowsGate | SqlGate | FreshnessGate, Field(discriminator="tool")]
