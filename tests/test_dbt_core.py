@@ -109,7 +109,7 @@ async def until(condition: Callable[[], Any], seconds: float) -> bool:
 
 
 @pytest.fixture(scope="module")
-def zoo(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def zoo(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """One build of a project in which everything happens that can happen to a node."""
     return build(everything(tmp_path_factory.mktemp("zoo")).core())
 

@@ -217,6 +217,7 @@ def test_whoever_can_not_be_told_is_found_out_before_dbt_starts(flow: Flow[..., 
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.no_server
 class TestChoice:
     @pytest.fixture
     def lineage(self) -> Lineage:
@@ -351,6 +352,7 @@ class TestFreshness:
         assert "--select source:raw.unwatched" in (state.message or "")
         assert "has a freshness threshold" in (state.message or "")
 
+    @pytest.mark.no_server
     @pytest.mark.parametrize(
         ("seconds", "words"), [(30, "30 s"), (90, "1.5 min"), (7200, "2 h"), (172800, "2 d"), (None, "")]
     )
@@ -359,6 +361,7 @@ class TestFreshness:
         assert span(seconds) == words
 
 
+@pytest.mark.no_server
 @pytest.mark.parametrize(
     ("name", "cron", "retries"),
     [

@@ -90,7 +90,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 @pytest.fixture(scope="module")
-def run(project: Project) -> Run:
+def run(prefect_server: str, project: Project) -> Run:
     return build(project.core())
 
 

@@ -78,7 +78,7 @@ class Twice:
 
 
 @pytest.fixture(scope="module")
-def twice(tmp_path_factory: pytest.TempPathFactory) -> Twice:
+def twice(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Twice:
     project = Project(tmp_path_factory.mktemp("middle") / "checkout")
     project.set(vars={"limit": 3, "note": "the project's"})
     project.model("top", TABLE)
