@@ -161,11 +161,7 @@ def _feeds(sync: dict[str, Any], pipeline: Pipeline, lineage: Lineage) -> bool:
     named = lineage.sources_of(_resource_of(sync), key=key)
     if named:
         return bool(named & pipeline.nodes)
-    return any(
-        not any(name.endswith("_connection_id") for name in source.meta)
-        for source in lineage.sources
-        if source.unique_id in pipeline.nodes
-    )
+    return any(not source.filler_named for source in lineage.sources if source.unique_id in pipeline.nodes)
 
 
 def _stands_on(activation: dict[str, Any], below: set[str], lineage: Lineage) -> bool:

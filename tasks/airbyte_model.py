@@ -20,7 +20,7 @@ from pydantic import (
 from blocks.airbyte import AirbyteServer
 from blocks.airbyte_model import Connection
 from blocks.reference import stored_block
-from tasks.jobs import JobPolicy
+from tasks.jobs import JobPolicy, tool_required
 
 ServerRef = Annotated[
     AirbyteServer | str,
@@ -39,7 +39,9 @@ Before = Annotated[
 
 class _OnServer(BaseModel):
     # pydantic's errors quote what they were given, and a server may be given with its secret.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
+    )
 
     server: ServerRef = Field(title="Server")
 

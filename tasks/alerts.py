@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from blocks.http import VendorError
 from blocks.reference import BlockNotFound, block_name
 from tasks.incidents import SEVERAL, Alarm, Bulletin, Change, Happened, compare
-from tasks.jobs import without_traceback
+from tasks.jobs import tool_required, without_traceback
 from tasks.memory import Memory, variable_memory
 
 PATIENCE = 20.0
@@ -73,7 +73,9 @@ class NotifyParameters(BaseModel):
     """Who is told of what went wrong, and that it is well again."""
 
     # pydantic's errors quote what they were given, and that may be a URL or a key.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
+    )
 
     pipeline: str = Field(
         default="",

@@ -44,6 +44,7 @@ from tasks.jobs import (
     result_of,
     run_job,
     tag_run,
+    tool_required,
     without_traceback,
 )
 
@@ -72,7 +73,9 @@ class CensusSync(BaseModel):
     """A run of one sync, as a flow takes it."""
 
     # pydantic's errors quote what they were given, and credentials may be given with their key.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
+    )
 
     tool: Literal["census"] = "census"
     credentials: CredentialsRef = Field(title="Credentials")

@@ -48,6 +48,7 @@ from tasks.jobs import (
     Tool,
     run_job,
     tag_run,
+    tool_required,
     wait_for_job,
     watcher_for,
     without_traceback,
@@ -84,7 +85,9 @@ class FivetranSync(BaseModel):
     """A sync of one connection, as a flow takes it."""
 
     # pydantic's errors quote what they were given, and credentials may be given with their secret.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
+    )
 
     tool: Literal["fivetran"] = "fivetran"
     credentials: CredentialsRef = Field(title="Credentials")

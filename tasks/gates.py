@@ -29,7 +29,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from blocks.reference import block_name, load_block
 from tasks.dbt.freshness import SourceAge
 from tasks.dbt.model import DbtState
-from tasks.jobs import JobResult, JobState, without_traceback
+from tasks.jobs import JobResult, JobState, tool_required, without_traceback
 from tasks.jobs.history import Resource, rows_of_earlier_runs
 
 SOURCE = "dbt-source"
@@ -38,7 +38,9 @@ SOURCE = "dbt-source"
 
 class _Gate(BaseModel):
     # pydantic's errors quote what they were given, and a database may be given with its password.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
+    )
 
     tool: str
     name: str = Field(default="", title="Name", description="For people; what is expected by default.")

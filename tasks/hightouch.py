@@ -41,6 +41,7 @@ from tasks.jobs import (
     Tool,
     run_job,
     tag_run,
+    tool_required,
     without_traceback,
 )
 
@@ -69,7 +70,9 @@ class HightouchSync(BaseModel):
     """A run of one sync, as a flow takes it."""
 
     # pydantic's errors quote what they were given, and credentials may be given with their key.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
+    )
 
     tool: Literal["hightouch"] = "hightouch"
     credentials: CredentialsRef = Field(title="Credentials")

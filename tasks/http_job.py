@@ -25,7 +25,17 @@ from blocks.http_job import HttpJob, resource_id
 from blocks.http_job_fill import Value
 from blocks.reference import load_block, stored_block
 from tasks.http_job_vendor import HttpJobRequest, HttpJobVendor, job_name
-from tasks.jobs import Checked, InputError, JobPolicy, JobResult, Tool, run_job, tag_run, without_traceback
+from tasks.jobs import (
+    Checked,
+    InputError,
+    JobPolicy,
+    JobResult,
+    Tool,
+    run_job,
+    tag_run,
+    tool_required,
+    without_traceback,
+)
 
 JobRef = Annotated[
     HttpJob | str,
@@ -38,7 +48,9 @@ class HttpJobRun(BaseModel):
     """A run of a declared job, as a flow takes it."""
 
     # pydantic's errors quote what they were given, and a job may be given with its credentials.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
+    )
 
     tool: Literal["http-job"] = "http-job"
     job: JobRef = Field(title="Job")

@@ -32,7 +32,7 @@ from pydantic import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from blocks.reference import block_name, load_block
-from tasks.jobs import InputError, JobFailed, JobResult, JobState, without_traceback
+from tasks.jobs import InputError, JobFailed, JobResult, JobState, tool_required, without_traceback
 
 _STOP_PATIENCE = 5.0  # seconds for commands to end when they are told to; then they are killed
 _LONGEST_MESSAGE = 300
@@ -42,7 +42,9 @@ class _Step(BaseModel):
     """What every step has."""
 
     # pydantic's errors quote what they were given, and a database may be given with its password.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
+    )
 
     name: str = Field(default="", title="Name", description="For people; what it does by default.")
     owner: str | None = Field(default=None, title="Owner", description="Who is told of a failure.")

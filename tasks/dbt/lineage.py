@@ -53,6 +53,11 @@ class LineageNode:
     url: str | None = None
     label: str | None = None
 
+    @property
+    def filler_named(self) -> bool:
+        """Whether a source says itself who fills it."""
+        return any(name.endswith("_connection_id") or name == "http_job" for name in self.meta)
+
 
 @dataclass(frozen=True)
 class Lineage:
@@ -170,7 +175,7 @@ class Lineage:
         return {
             source.unique_id
             for source in self.sources
-            if not any(name.endswith("_connection_id") for name in source.meta)
+            if not source.filler_named
             and source.schema.casefold() == schema
             and (
                 source.identifier.casefold() in tables

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tasks.dbt.lineage import Lineage
+from tasks.jobs import tool_required
 
 Command = Literal["build", "run", "test", "seed", "snapshot"]
 
@@ -38,7 +39,7 @@ NEVER_RUN = frozenset({"source", "exposure", "metric", "semantic_model", "analys
 class DbtCore(BaseModel):
     """A dbt Core project and how to run it: a flow parameter, a form in the UI, a line in a deployment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=tool_required)
 
     tool: Literal["dbt-core"] = "dbt-core"
     project_dir: Path = Field(description="Folder that holds dbt_project.yml.")

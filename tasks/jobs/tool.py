@@ -39,6 +39,15 @@ class Parameters(Request, Protocol):
         """How long to wait, and what the less clear ends mean."""
 
 
+def tool_required(schema: dict[str, Any]) -> None:
+    """For the `json_schema_extra` of parameters: `tool` has a default in Python and none in JSON.
+
+    A server judges parameters by their schema alone, and where `tool` is left out it takes one tool's for
+    another's.
+    """
+    schema["required"] = ["tool", *(name for name in schema.get("required", ()) if name != "tool")]
+
+
 P = TypeVar("P", bound=Parameters, covariant=True)
 
 
