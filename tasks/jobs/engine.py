@@ -135,6 +135,7 @@ class _Run(Generic[R]):
         self.intent = False  # an entry of ours is open in the journal
         self.starting: asyncio.Task[JobHandle] | None = None  # a start request is under way
         self.maybe_started = False  # a start request of unknown effect was sent
+        self.asked: datetime | None = None  # when we set out to send the first such request
         self.entry = Entry(
             key=journal.key(f"{vendor.name}:{request.operation}:{request.resource_id}"),
             vendor=vendor.name,
@@ -171,6 +172,7 @@ class _Run(Generic[R]):
             handle = await self._find()
             self.maybe_started = False
             if handle is None:
+                self.asked = earlier.since  # not every vendor can show what that has made
                 return None
             await self._started(handle)
         self.attached = True
@@ -249,7 +251,8 @@ class _Run(Generic[R]):
         try:
             return await asyncio.shield(self.starting)
         except VendorError as error:
-            self.maybe_started |= error.sent
+            if error.sent:
+                self.maybe_started, self.asked = True, self.asked or self.entry.since
             raise
 
     async def _already_running(self, refused: AlreadyRunning) -> JobHandle | JobResult | None:
@@ -257,7 +260,7 @@ class _Run(Generic[R]):
         active = refused.active
         name = f"job {active.job_id}" if active else "a job"
         if active and refused.same:
-            if self.maybe_started and active.started_at >= self.vendor.theirs(self.entry.since):
+            if self.asked and active.started_at >= self.vendor.theirs(self.asked):
                 self.log.info("%s is the one whose start was not answered", name)
                 return active
             if self.policy.on_active == "adopt":
@@ -291,7 +294,7 @@ class _Run(Generic[R]):
         self.deadline = self.patience  # however often that happens
         outcome = await self._already_running(skipped)
         if outcome is None:
-            self.maybe_started = self.attached = False
+            self.maybe_started, self.asked, self.attached = False, None, False
             return await self._start(self.entry)
         if isinstance(outcome, JobHandle):
             self.attached = True  # it may have ended meanwhile

@@ -37,6 +37,11 @@ def judge(
         message = f"it {moved}; at least {policy.min_rows:,} were expected"
     bearable = (policy.on_partial or vendor.on_partial) != "fail"
     rejected, most = status.rows_rejected or 0, policy.max_rows_rejected
+    if most is not None and status.state is JobState.PARTIAL and status.rows_rejected is None:
+        bearable = False
+        message = f"it does not say how many rows were rejected; at most {most:,} are borne" + (
+            f" ({message})" if message else ""
+        )
     if most is not None and rejected > most and state in (JobState.SUCCEEDED, JobState.PARTIAL):
         state, bearable = JobState.PARTIAL, False
         message = f"{rejected:,} rows were rejected; at most {most:,} are borne" + (
