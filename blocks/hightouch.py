@@ -5,7 +5,7 @@ Vendor documentation: https://hightouch.com/docs/developer-tools/api-guide
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Collection, Hashable
 from contextlib import AbstractAsyncContextManager
 from datetime import datetime
 from typing import Any, ClassVar
@@ -18,6 +18,7 @@ from blocks.http import ApiClient, AuthError, BadReply, VendorError, shared_clie
 
 _EXAMPLE = "https://api.hightouch.com/api/v1"
 _PAGE = 100
+_FEW = 3  # up to so many syncs are read one by one: a page of them would cost as much
 
 
 class Rows(BaseModel):
@@ -49,6 +50,32 @@ class SyncRun(BaseModel):
     error: Any = None
 
 
+class SequenceMember(BaseModel):
+    """The run of one sync within a run of a sequence."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    sync_id: str = Field(alias="syncId", coerce_numbers_to_str=True)
+    run_id: str = Field(alias="syncRunId", coerce_numbers_to_str=True)
+    status: str
+    finished_at: datetime | None = Field(default=None, alias="finishedAt")
+
+
+class SequenceRun(BaseModel):
+    """A run of a sync sequence."""
+
+    model_config = ConfigDict(extra="ignore", populate_by_name=True)
+
+    id: str
+    status: str
+    members: list[SequenceMember] = Field(default=[], alias="syncRuns")
+
+    @field_validator("members", mode="before")
+    @classmethod
+    def _none(cls, value: Any) -> Any:
+        return value or []
+
+
 class Sync(BaseModel):
     """A sync; only what is used here."""
 
@@ -76,6 +103,7 @@ class _Triggered(BaseModel):
 
 class _Runs(BaseModel):
     data: list[SyncRun]
+    more: bool | None = Field(default=None, alias="hasMore")  # not there in the API's older form
 
 
 class _Syncs(BaseModel):
@@ -84,6 +112,7 @@ class _Syncs(BaseModel):
 
 _TRIGGERED = TypeAdapter(_Triggered)
 _RUNS = TypeAdapter(_Runs)
+_SEQUENCE_RUN = TypeAdapter(SequenceRun)
 _SYNC = TypeAdapter(Sync)
 _SYNCS = TypeAdapter(_Syncs)
 
@@ -177,8 +206,18 @@ class HightouchApi(ApiClient):
             params = {"limit": _PAGE, "offset": len(found)}
             page = (await self.get("/syncs", _SYNCS, params, retry=retry)).data
             found += page
+            self._known.update({sync.id: sync for sync in page})
             if len(page) < _PAGE:
                 return found
+
+    async def learn(self, sync_ids: Collection[str]) -> None:
+        """Read many syncs ahead, a hundred per request; `sync` then has them in memory."""
+        if len(sync_ids) > _FEW and not self._known.keys() >= set(sync_ids):
+            await self.syncs()
+
+    async def greet(self) -> None:
+        """Ask for next to nothing: shows that the API is there and takes the key."""
+        await self.get("/syncs", _SYNCS, {"limit": 1})
 
     async def trigger(self, sync_id: str, *, full_resync: bool = False) -> str:
         """Start a run and return its id. Not repeated: a second request may start a second run.
@@ -186,9 +225,19 @@ class HightouchApi(ApiClient):
         Raises:
             VendorError: `sent` says whether a run may have been started.
         """
-        body = {"fullResync": full_resync}
+        return await self._triggered(f"/syncs/{sync_id}/trigger", {"fullResync": full_resync})
+
+    async def trigger_sequence(self, sequence_id: str) -> str:
+        """Start a run of a sequence, and return its id or that of the run that is queued or in progress.
+
+        Raises:
+            VendorError: `sent` says whether a run may have been started.
+        """
+        return await self._triggered(f"/sync-sequences/{sequence_id}/trigger")
+
+    async def _triggered(self, path: str, body: dict[str, Any] | None = None) -> str:
         try:
-            return (await self.send("POST", f"/syncs/{sync_id}/trigger", _TRIGGERED, body=body)).id
+            return (await self.send("POST", path, _TRIGGERED, body=body)).id
         except BadReply as error:
             # Hightouch refuses with status 200 too: a message in place of the id.
             refusal = error.body.get("message") if isinstance(error.body, dict) else None
@@ -204,14 +253,32 @@ class HightouchApi(ApiClient):
                 sent=False,
             ) from None
 
-    async def run(self, sync_id: str, run_id: str) -> SyncRun | None:
+    async def run(self, sync_id: str, run_id: str, *, retry: bool = False) -> SyncRun | None:
         """One run; None while it is not visible yet, which happens for a short time after the trigger."""
-        reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, {"runId": run_id}, retry=False)
+        reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, {"runId": run_id}, retry=retry)
         return next((run for run in reply.data if run.id == run_id), None)
 
-    async def runs(self, sync_id: str, *, limit: int = 20, retry: bool = True) -> list[SyncRun]:
-        """The newest runs of a sync, newest first."""
-        # The API does not state the direction of its order, so it is made here.
-        params = {"limit": limit, "orderBy": "createdAt"}
-        reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, params, retry=retry)
-        return sorted(reply.data, key=lambda run: run.created_at, reverse=True)
+    async def sequence_run(self, run_id: str, *, retry: bool = False) -> SequenceRun:
+        """One run of a sequence, with the runs of its syncs that have begun.
+
+        Raises:
+            NotFoundError: There is none with this id, or it is not shown yet.
+        """
+        return await self.get(f"/sync-sequences/runs/{run_id}", _SEQUENCE_RUN, retry=retry)
+
+    async def runs(self, sync_id: str, since: datetime, *, retry: bool = True) -> list[SyncRun]:
+        """The runs of a sync that were created since then, newest first.
+
+        Not with the API's own `after`: that one hides runs that have not started yet.
+        """
+        found: list[SyncRun] = []
+        while True:
+            params = {"limit": _PAGE, "offset": len(found), "orderBy": "createdAt"}
+            reply = await self.get(f"/syncs/{sync_id}/runs", _RUNS, params, retry=retry)
+            page, found = reply.data, found + reply.data
+            more = bool(page) and (len(page) == _PAGE if reply.more is None else reply.more)
+            # The API does not state the direction of its order: where it ascends, ours are at the end.
+            descends = bool(page) and page[0].created_at > page[-1].created_at
+            if not more or (descends and page[-1].created_at < since):
+                newest_first = sorted(found, key=lambda run: run.created_at, reverse=True)
+                return [run for run in newest_first if run.created_at >= since]

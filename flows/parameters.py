@@ -14,7 +14,7 @@ from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
 from tasks.fivetran import FivetranSync
 from tasks.gates import GateCheck
-from tasks.hightouch import HightouchSync
+from tasks.hightouch import HightouchSequence, HightouchSync
 from tasks.http_job import HttpJobRun
 from tasks.pagerduty import PagerDutyNotify
 from tasks.slack import SlackChannel, SlackNotify
@@ -28,7 +28,9 @@ Sync = Annotated[AirbyteSync | AirbyteConnections | FivetranSync | HttpJobRun, F
 Transform = Annotated[DbtCore | DbtCloud, Field(discriminator="tool")]
 """What builds models."""
 
-Activation = Annotated[HightouchSync | CensusSync | HttpJobRun, Field(discriminator="tool")]
+Activation = Annotated[
+    HightouchSync | HightouchSequence | CensusSync | HttpJobRun, Field(discriminator="tool")
+]
 """What sends models on to where they are used."""
 
 Notify = Annotated[SlackNotify | SlackChannel | PagerDutyNotify, Field(discriminator="tool")]

@@ -32,7 +32,14 @@ class Transform:
 
 TOOLS: dict[str, Tool] = {
     word: tool
-    for tool in (airbyte.TOOL, census.TOOL, fivetran.TOOL, hightouch.TOOL, http_job.TOOL)
+    for tool in (
+        airbyte.TOOL,
+        census.TOOL,
+        fivetran.TOOL,
+        hightouch.TOOL,
+        hightouch.SEQUENCE_TOOL,
+        http_job.TOOL,
+    )
     for word in (tool.name, *tool.selections)
 }
 """The tools whose jobs a flow runs, by what is written as `tool`."""

@@ -21,8 +21,7 @@ from sandbox.timeline import SyncBehaviour
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
 from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
-from tasks.hightouch import HightouchVendor
-from tasks.hightouch import _Request as HightouchRequest
+from tasks.hightouch_jobs import HightouchRequest, HightouchVendor
 from tasks.jobs import JobPolicy, JobResult, JobVendor, MemoryJournal, run_job
 from tests.jobs_fixtures import until
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -19,12 +20,13 @@ from blocks import AirbyteServer, HightouchCredentials, PagerDutyRouting
 from blocks.pagerduty import Alert, Link
 from sandbox import Sandbox, catalog
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
-from tasks.hightouch import HightouchVendor
-from tasks.hightouch import _Request as HightouchRequest
+from tasks.hightouch_jobs import HightouchRequest, HightouchVendor
+from tasks.hightouch_sequences import HightouchSequenceVendor, SequenceRequest
 from tasks.jobs import InputError, JobError, JobHandle, JobPolicy, JobTimeout, MemoryJournal, run_job
 from tests.jobs_fixtures import until
 from tests.spec_fixtures import BY_HAND
 
+LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 QUICK = JobPolicy(poll=0.03, timeout=20, outage=5)
 
 
@@ -191,7 +193,7 @@ async def drive_hightouch(drive: Drive) -> None:
         await api.syncs()
         # A run of a table that is not there ends with the query.
         await api.trigger("102")
-        await api.runs("102")
+        await api.runs("102", LONG_AGO)
         handles = [
             JobHandle(
                 vendor="hightouch",
@@ -203,7 +205,15 @@ async def drive_hightouch(drive: Drive) -> None:
         ]
         await vendor.observe(handles)
         await until(lambda: sandbox.hightouch.runs_of("102")[-1].status == "failed")
-        await api.runs("102")
+        await api.runs("102", LONG_AGO)
+
+    sandbox.hightouch.set("101", outcome="succeed")
+    sandbox.hightouch.set("102", outcome="fail")
+    sequences = HightouchSequenceVendor(credentials)
+    with pytest.raises(JobError):
+        await run_job(sequences, SequenceRequest("7", "sync", "all", None), QUICK, journal=MemoryJournal())
+    with pytest.raises(InputError):
+        await run_job(sequences, SequenceRequest("8", "sync", "none", None), QUICK, journal=MemoryJournal())
 
     drive.base = sandbox.hightouch_url
     await drive.ask("GET", "/syncs", 401, headers={"Authorization": "Bearer wrong"})
@@ -217,6 +227,7 @@ async def drive_hightouch(drive: Drive) -> None:
     await drive.ask("PATCH", "/syncs/102", 422, json={"disabled": "yes"})
     await drive.ask("POST", "/syncs/102/trigger", 400)
     await drive.ask("GET", "/syncs/7", 404)
+    await drive.ask("GET", "/sync-sequences/runs/7", 404)
     await drive.ask("GET", "/syncs/7/runs", 404)
     await drive.ask("GET", "/syncs?limit=1&offset=1&orderBy=slug&slug=weather-delays-to-braze")
     await drive.ask("GET", "/syncs?orderBy=newest", 422)

@@ -153,6 +153,24 @@ HIGHTOUCH = [
         _says(_object(error=_TEXT)),
     ),
     Slip(
+        "an unknown sequence",
+        _reply("/sync-sequences/{syncSequenceId}/trigger", "post", 404),
+        _says(_object(error=_TEXT)),
+    ),
+    Slip(
+        "an unknown run of a sequence",
+        _reply("/sync-sequences/runs/{syncSequenceRunId}", "get", 404),
+        _says(_object(error=_TEXT)),
+    ),
+    Slip(
+        "null until the sync ends",
+        (
+            *_schema("SyncSequenceStatusOutput"),
+            *("properties", "syncRuns", "items", "properties", "finishedAt", "nullable"),
+        ),
+        True,
+    ),
+    Slip(
         "the runs of an unknown sync",
         _reply("/syncs/{syncId}/runs", "get", 404),
         _says(_object(message=_TEXT)),

@@ -5,19 +5,22 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import duckdb
+import httpx
 import pytest
 from prefect import flow
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
 from blocks import HightouchCredentials
 from blocks.hightouch import SyncRun
-from blocks.http import AuthError, BadReply, VendorError, VendorUnavailable
+from blocks.http import AuthError, BadReply, NotFoundError, VendorError, VendorUnavailable
 from sandbox import Sandbox, catalog
-from tasks.hightouch import HightouchSync, HightouchVendor, _status, hightouch_check, hightouch_sync
+from tasks.hightouch import HightouchSync, hightouch_check, hightouch_status, hightouch_sync
+from tasks.hightouch_jobs import HightouchRequest, HightouchVendor, run_status
 from tasks.jobs import (
     Entry,
     InputError,
@@ -38,9 +41,11 @@ __all__ = ["collected"]
 
 pytestmark = [
     *PREFECTS_SOCKETS,
+    pytest.mark.no_server,  # but for those that run tasks
     # Prefect's, on every line that a task outside of a flow logs.
     pytest.mark.filterwarnings("ignore:.*without a flow run id:UserWarning"),
 ]
+TASKS = pytest.mark.usefixtures("prefect_server")
 SYNC = 101
 TABLE = "marts.mart_carrier_scorecard"
 
@@ -91,6 +96,7 @@ def run_ids(box: Sandbox) -> list[str]:
 # -- states
 
 
+@TASKS
 @pytest.mark.parametrize(
     ("outcome", "state", "error"),
     [
@@ -132,7 +138,7 @@ async def test_every_word_of_the_contract_is_known() -> None:
     """All states of the contract are known words; any other is not an end."""
 
     def status(word: str) -> JobStatus:
-        return _status(
+        return run_status(
             TypeAdapter(SyncRun).validate_python({"id": 1, "status": word, "createdAt": "2022-02-08"})
         )
 
@@ -176,12 +182,14 @@ async def test_what_a_warning_is(
     assert levels == ([level] if level else [])
 
 
+@TASKS
 async def test_an_unknown_word(box: Sandbox, credentials: HightouchCredentials) -> None:
     """A word that is in no contract is waited through."""
     box.hightouch.set(SYNC, outcome="unknown_word", word="completed_with_errors", word_seconds=0.3)
     assert (await hightouch_sync(sync(credentials))).state is JobState.SUCCEEDED
 
 
+@TASKS
 async def test_a_run_that_is_not_visible_yet(box: Sandbox, credentials: HightouchCredentials) -> None:
     """An empty list of runs right after the trigger is waited through, not an error."""
     box.hightouch.set(SYNC, visibility_delay=0.3)
@@ -189,6 +197,7 @@ async def test_a_run_that_is_not_visible_yet(box: Sandbox, credentials: Hightouc
     assert [result.job_id] == run_ids(box)
 
 
+@TASKS
 async def test_a_run_that_never_shows(box: Sandbox, credentials: HightouchCredentials) -> None:
     """A run that stays invisible beyond grace and budget is an error that names it."""
     box.hightouch.set(SYNC, visibility_delay=60)
@@ -249,6 +258,7 @@ async def test_a_refusal_with_status_200(box: Sandbox, credentials: HightouchCre
     assert all(not entry.open for entry in journal.entries.values())
 
 
+@TASKS
 async def test_ours_comes_after_the_one_that_runs(box: Sandbox, credentials: HightouchCredentials) -> None:
     """While a run is in progress Hightouch queues one more: that one is ours, and its end is waited for."""
     box.hightouch.set(SYNC, duration=0.6)
@@ -259,6 +269,7 @@ async def test_ours_comes_after_the_one_that_runs(box: Sandbox, credentials: Hig
     assert first.status == "success"
 
 
+@TASKS
 @pytest.mark.parametrize("disabled_late", [False, True])
 async def test_disabled(box: Sandbox, credentials: HightouchCredentials, disabled_late: bool) -> None:
     """A disabled sync is refused before it is triggered; enabled again, it runs."""
@@ -276,6 +287,7 @@ async def test_disabled(box: Sandbox, credentials: HightouchCredentials, disable
 # -- no way to cancel
 
 
+@TASKS
 async def test_a_timeout_says_that_it_goes_on(box: Sandbox, credentials: HightouchCredentials) -> None:
     """At the timeout the error says that Hightouch can't cancel, and names the run and its page."""
     box.hightouch.set(SYNC, outcome="stuck")
@@ -372,6 +384,7 @@ async def test_an_end_behind_the_next_run(box: Sandbox, credentials: HightouchCr
 # -- input
 
 
+@TASKS
 @pytest.mark.parametrize(
     ("ids", "says"),
     [((7,), "knows no sync 7"), ((101, 102, 101), "101 is listed more than once")],
@@ -385,6 +398,7 @@ async def test_check_refuses(
     assert triggers(box) == 0
 
 
+@TASKS
 async def test_check_tells_of_a_disabled_sync(box: Sandbox, credentials: HightouchCredentials) -> None:
     """A disabled sync carries its problem, so that the rule of the run decides what becomes of it."""
     box.hightouch.set(102, disabled=True)
@@ -393,6 +407,7 @@ async def test_check_tells_of_a_disabled_sync(box: Sandbox, credentials: Hightou
     assert "weather-delays-to-braze (102) is disabled" in (disabled.problem or "")
 
 
+@TASKS
 async def test_check_fills_in(credentials: HightouchCredentials) -> None:
     """A check gives names and owners by slug and tag."""
     checked = await hightouch_check([sync(credentials, 101), sync(credentials, "102")])
@@ -410,6 +425,7 @@ def test_a_sync_id_that_is_none(sync_id: Any) -> None:
     assert HightouchSync.model_validate({"credentials": "x", "sync_id": 101}).sync_id == "101"
 
 
+@TASKS
 @pytest.mark.parametrize("key", ["wrong-key", "**********"])
 def test_a_wrong_key_is_one_line(
     credentials: HightouchCredentials, key: str, caplog: Any, capfd: Any
@@ -429,6 +445,182 @@ def test_a_wrong_key_is_one_line(
     assert "wrong-key" not in seen
 
 
+# -- what the contract sheet warns of
+
+
+@pytest.mark.parametrize("oldest_first", [False, True])
+async def test_a_lost_run_among_hundreds(
+    box: Sandbox, credentials: HightouchCredentials, oldest_first: bool
+) -> None:
+    """Whichever way the API's list runs, a lost start is found among 250 earlier runs."""
+    box.hightouch.settings.oldest_first = oldest_first
+    box.hightouch.settings.requests_per_10_seconds = None
+    box.hightouch.set(SYNC, duration=0.0)
+    first = box.hightouch.trigger(SYNC)
+    await until(lambda: first.at()[2])
+    first.created_wall -= 100
+    runs = box.hightouch.sync(SYNC).runs
+    for number in range(250):
+        long_ago = first.created_wall - 1000 + number
+        runs.insert(number, replace(first, run_id=5000 + number, created_wall=long_ago))
+    box.faults.add(kind="drop_after", method="POST", path="/trigger$", times=1)
+    result = await run(credentials, MemoryJournal())
+    assert result.job_id == run_ids(box)[-1]
+    assert triggers(box) == 1
+
+
+async def test_runs_are_asked_for_without_times(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """Filters on time hide runs that have not started, so a lost run that is queued is found without them."""
+    box.hightouch.set(SYNC, queued_seconds=1.5)
+    box.faults.add(kind="drop_after", method="POST", path="/trigger$", times=1)
+    result = await run(credentials, MemoryJournal())
+    assert [result.job_id] == run_ids(box)
+    asked = " ".join(request.query for request in box.requests.find(path="/runs$"))
+    assert "after" not in asked
+    assert "within" not in asked
+
+
+async def test_a_reply_that_never_comes(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A poll without a reply ends by itself: no request waits for ever."""
+    box.faults.add(kind="delay", delay=30, method="GET", path="/runs$", times=1)
+    async with asyncio.timeout(8), credentials.api() as api:
+        assert api._http.timeout.read == 60.0
+        api._http.timeout = httpx.Timeout(0.3)
+        assert (await run(credentials, MemoryJournal())).state is JobState.SUCCEEDED
+
+
+async def test_too_many_requests(
+    box: Sandbox, credentials: HightouchCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A 429 comes without a time to wait: it is borne with a pause of our own."""
+    monkeypatch.setattr("blocks.errors.RATE_LIMIT_PAUSE", 0.3)
+    fault = box.faults.add(kind="status", status=429, method="GET", path="/runs$", times=2)
+    assert (await run(credentials, MemoryJournal())).state is JobState.SUCCEEDED
+    assert box.faults.hits(fault) == 2
+
+
+async def test_an_error_that_is_only_text(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A 500 whose body is the JSON text "Internal Server Error" is borne as any failure of Hightouch's."""
+    box.faults.add(
+        kind="status",
+        status=500,
+        body='"Internal Server Error"',
+        headers={"content-type": "application/json"},
+        path="/runs$",
+        times=2,
+    )
+    assert (await run(credentials, MemoryJournal())).state is JobState.SUCCEEDED
+
+
+@pytest.mark.parametrize(
+    ("fields", "state", "rejected", "message"),
+    [
+        (
+            {"failedRows": {"addedCount": 2, "changedCount": 1, "removedCount": 0}},
+            "PARTIAL",
+            3,
+            "3 rows were",
+        ),
+        ({"failedRows": None, "error": None}, "PARTIAL", None, "some rows were rejected"),
+        (
+            {"failedRows": {"addedCount": 1}, "error": "No such field"},
+            "PARTIAL",
+            1,
+            "rejected: No such field",
+        ),
+        ({"error": {"message": "No such field"}}, "PARTIAL", None, "rejected: No such field"),
+        ({"completionRatio": 0.54, "status": "success"}, "SUCCEEDED", None, None),
+        ({"completionRatio": 1, "status": "reporting", "finishedAt": "2022-02-08"}, "RUNNING", None, None),
+    ],
+)
+def test_what_a_run_tells(
+    fields: dict[str, Any], state: str, rejected: int | None, message: str | None
+) -> None:
+    """A warning is read whatever is absent beside it; neither the ratio nor a time is a sign of the end."""
+    base = {"id": 42, "status": "warning", "createdAt": "2022-02-08T16:11:04.712Z", "startedAt": None}
+    status = run_status(SyncRun.model_validate(base | fields))
+    assert (status.state, status.rows_rejected) == (state, rejected)
+    assert (message in str(status.message)) if message else status.message is None
+
+
+@pytest.mark.parametrize(
+    ("most", "rejected", "passes"), [(2, 0.2, True), (1, 0.2, False), (0, 0.1, False), (None, 0.9, True)]
+)
+@pytest.mark.parametrize("on_partial", ["warn", "ok"])
+async def test_a_threshold_of_rejected_rows(
+    box: Sandbox,
+    credentials: HightouchCredentials,
+    on_partial: Any,
+    most: int | None,
+    rejected: float,
+    passes: bool,
+) -> None:
+    """A warning passes up to so many rejected rows, and is a failure beyond, whatever `on_partial` says."""
+    box.hightouch.set(SYNC, outcome="warn", rejected=rejected)
+    policy = {"on_partial": on_partial, "max_rows_rejected": most}
+    if passes:
+        assert (await run(credentials, MemoryJournal(), **policy)).rows_rejected == int(rejected * 10)
+    else:
+        with pytest.raises(JobFailed, match=f"were rejected; at most {most} are borne"):
+            await run(credentials, MemoryJournal(), **policy)
+
+
+async def test_rejected_rows_that_are_not_counted(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """Under a threshold, a warning that does not say how many rows it means does not pass."""
+    box.hightouch.set(SYNC, outcome="warn")
+    box.faults.add(kind="null_fields", fields=["failedRows"], path="/runs$")
+    with pytest.raises(JobFailed, match="does not say how many rows were rejected; at most 5 are borne"):
+        await run(credentials, MemoryJournal(), max_rows_rejected=5)
+
+
+@TASKS
+@pytest.mark.parametrize("full_resync", [False, True])
+async def test_full_resync(box: Sandbox, credentials: HightouchCredentials, full_resync: bool) -> None:
+    """A full resync sends all rows again; a plain run only what has changed since the last."""
+    await run(credentials, MemoryJournal())
+    with duckdb.connect(str(box.warehouse.path)) as warehouse:
+        warehouse.table(TABLE).insert([100])
+    result = await hightouch_sync(sync(credentials).model_copy(update={"full_resync": full_resync}))
+    assert result.rows == (11 if full_resync else 1)
+    assert box.requests.find(method="POST")[-1].body == {"fullResync": full_resync}
+
+
+async def test_a_sync_and_its_full_resync_in_one_run(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """In the journal a full resync is a job of its own, which a sync of the same does not stand for."""
+    journal = MemoryJournal()
+    first = await run(credentials, journal)
+    request = HightouchRequest(str(SYNC), "full-resync", "crm", None, full_resync=True)
+    again = await run_job(HightouchVendor(credentials), request, JobPolicy(poll=0.05), journal=journal)
+    assert (first.rows, again.rows) == (10, 10)
+    assert sorted(journal.entries) == ["hightouch:full-resync:101", "hightouch:sync:101"]
+
+
+@TASKS
+async def test_check_of_many_reads_pages(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """250 syncs are looked up in three requests."""
+    known = box.hightouch.syncs[SYNC]
+    for number in range(1000, 1248):
+        spec = replace(known.spec, sync_id=number, slug=f"sync-{number}")
+        box.hightouch.syncs[number] = type(known)(spec, known.behaviour.model_copy())
+    found = await hightouch_check([sync(credentials, number) for number in box.hightouch.syncs])
+    assert found[2].request.label == "sync-1000"
+    assert box.requests.count(vendor="hightouch", method="GET") == 3
+
+
+@TASKS
+async def test_status_of_any_run(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """The state of a run that somebody else started can be had at any time; it is not judged."""
+    box.hightouch.set(SYNC, outcome="fail", duration=0.4)
+    run_id = str(box.hightouch.trigger(SYNC).run_id)
+    now = await hightouch_status(credentials, str(SYNC), run_id)
+    assert (now.state.terminal, now.job_id, now.owner) == (False, run_id, "flight-ops")
+    await until(lambda: box.hightouch.runs_of(SYNC)[0].status == "failed")
+    assert (await hightouch_status(credentials, str(SYNC), run_id)).state is JobState.FAILED
+    with pytest.raises(NotFoundError, match="sync 101 has no run 1"):
+        await hightouch_status(credentials, str(SYNC), "1")
+
+
+@TASKS
 async def test_html_is_not_hightouch(box: Sandbox, credentials: HightouchCredentials) -> None:
     """A base URL of something else than the API is said at once."""
     box.faults.add(kind="html", status=200)

@@ -1,0 +1,246 @@
+"""Hightouch's runs of sync sequences for the engine.
+
+Hightouch lists no runs of a sequence, and a sequence never runs beside itself: asked to start while a run is
+in progress it gives, depending on the workspace, the id of a run that it queues behind that one, or the id of
+the run in progress. That one began before we asked; it is told from ours by when its syncs started.
+
+Vendor documentation: https://hightouch.com/docs/developer-tools/api-guide
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+from blocks.hightouch import HightouchApi, HightouchCredentials, SequenceMember, SequenceRun, SyncRun
+from blocks.http import NotFoundError, VendorError
+from blocks.reference import block_name
+from tasks.hightouch_jobs import STATES, run_status
+from tasks.jobs import (
+    AlreadyRunning,
+    InputError,
+    Intent,
+    JobHandle,
+    JobRequest,
+    JobState,
+    JobStatus,
+    StreamResult,
+    Sweep,
+)
+
+_SEQUENCE_STATES = {
+    "pending": JobState.QUEUED,
+    "running": JobState.RUNNING,
+    "done": JobState.SUCCEEDED,  # unless its syncs say otherwise
+    "failed": JobState.FAILED,
+    "cancelled": JobState.CANCELLED,
+}
+_VISIBLE = timedelta(seconds=15)  # within which a fresh run may not be found
+# The Date header, by which Hightouch's clock is known, counts whole seconds.
+_CLOCK_MARGIN = timedelta(seconds=3)
+
+
+@dataclass(frozen=True)
+class SequenceRequest:
+    """A run of a sequence, as the engine takes it."""
+
+    resource_id: str
+    operation: str
+    name: str
+    owner: str | None
+
+
+class HightouchSequenceVendor:
+    """Hightouch's runs of sequences for the engine."""
+
+    name = "hightouch-sequence"
+    on_partial: Literal["fail", "warn", "ok"] = "warn"
+    # Nothing can be found by looking for it, so there is nothing to wait for before asking again.
+    grace = 0.0
+
+    def __init__(self, credentials: HightouchCredentials) -> None:
+        self._credentials = credentials
+        self._api: HightouchApi | None = None
+        self._sweep = Sweep(self._look)
+        self._ours: set[str] = set()  # runs that are known to have begun after we asked for them
+        # The same workspace as that of single syncs, and watched beside them by a watcher of its own.
+        self.account: Hashable = ("sequences", credentials.account)
+        self.block = block_name(credentials, HightouchCredentials)
+
+    @asynccontextmanager
+    async def session(self) -> AsyncIterator[None]:
+        """Keep the workspace's client open."""
+        async with self._credentials.api() as self._api:
+            yield
+
+    def theirs(self, moment: datetime) -> datetime:
+        """A moment of our clock on Hightouch's."""
+        return self._api.theirs(moment) if self._api else moment
+
+    async def baseline(self, request: JobRequest) -> None:
+        """Nothing: runs have ids."""
+
+    async def start(self, request: SequenceRequest, intent: Intent) -> JobHandle:
+        """`POST /sync-sequences/{id}/trigger`. Asked again while a run goes on, it gives that one's id."""
+        async with self._credentials.api() as api:
+            asked = datetime.now(UTC)
+            try:
+                run_id = await api.trigger_sequence(request.resource_id)
+            except NotFoundError as error:
+                raise InputError(
+                    f"Hightouch knows no sequence {request.resource_id}, or this API key may not see it. "
+                    "Nothing was started."
+                ) from error
+            # By Hightouch's clock, which its reply has told.
+            return self._handle(request.resource_id, run_id, api.theirs(asked), intent.marker)
+
+    async def find(self, request: JobRequest, intent: Intent) -> None:
+        """Hightouch lists no runs of a sequence; the next start gives the id of the one in progress."""
+
+    async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
+        """A request per run; its syncs are read when it has ended, for what became of their rows."""
+        async with self._credentials.api():
+            return await self._sweep.look(handles)
+
+    async def cancel(self, handle: JobHandle) -> JobState | None:
+        """There is no way in Hightouch's API to cancel a run; at most it has ended."""
+        async with self._credentials.api() as api:
+            try:
+                status = await _status(api, await api.sequence_run(handle.job_id))
+            except VendorError:
+                return None
+        return status.state if status.state.terminal else None
+
+    async def look_up(self, sequence_id: str, run_id: str) -> tuple[JobHandle, SequenceRequest, JobStatus]:
+        """A run, whoever started it. Its sequence has to be given: Hightouch does not say which it is of.
+
+        Raises:
+            NotFoundError: There is no such run.
+        """
+        async with self._credentials.api() as api:
+            run = await api.sequence_run(run_id, retry=True)
+            status = await _status(api, run)
+            since = await _began(api, run)
+        request = SequenceRequest(sequence_id, "sync", f"sequence {sequence_id}", None)
+        return self._handle(sequence_id, run.id, since or datetime.now(UTC), ""), request, status
+
+    async def _look(self, handle: JobHandle) -> JobStatus | None:
+        async with self._credentials.api() as api:
+            try:
+                run = await api.sequence_run(handle.job_id)
+            except NotFoundError:
+                if api.theirs(datetime.now(UTC)) - handle.started_at < _VISIBLE:
+                    return None
+                raise
+            if handle.job_id not in self._ours and run.members:
+                began = await _began(api, run)
+                if began is not None and began < handle.started_at - _CLOCK_MARGIN:
+                    active = handle.model_copy(update={"started_at": began, "marker": ""})
+                    raise AlreadyRunning(active)
+                if began is not None:
+                    self._ours.add(handle.job_id)
+            status = await _status(api, run)
+        if status.state.terminal:
+            self._ours.discard(handle.job_id)
+        return status
+
+    def _handle(self, sequence_id: str, run_id: str, started_at: datetime, marker: str) -> JobHandle:
+        return JobHandle(
+            vendor=self.name,
+            resource_id=sequence_id,
+            job_id=run_id,
+            marker=marker,
+            started_at=started_at,
+            url=f"{self._credentials.app_url}/sequences/{sequence_id}",
+        )
+
+
+async def _began(api: HightouchApi, run: SequenceRun) -> datetime | None:
+    """When the first of its syncs started; None where none has, as far as Hightouch shows."""
+    if not run.members:
+        return None
+    first = min(run.members, key=lambda member: int(member.run_id))
+    found = await api.run(first.sync_id, first.run_id)
+    return found.started_at if found else None
+
+
+async def _status(api: HightouchApi, run: SequenceRun) -> JobStatus:
+    state = _SEQUENCE_STATES.get(run.status)
+    if state is None or not state.terminal:
+        ended = sum(1 for member in run.members if _member_state(member).terminal)
+        return JobStatus(
+            state=state or JobState.RUNNING,
+            known=state is not None,
+            word=f"{run.status}: {ended} syncs have ended" if ended else run.status,
+            streams=[
+                StreamResult(name=member.sync_id, state=_member_state(member)) for member in run.members
+            ],
+        )
+    read = await asyncio.gather(*(_member(api, member) for member in run.members))
+    runs = [found for _, found in read if found]
+    streams = [stream for stream, _ in read]
+    if state is JobState.SUCCEEDED:
+        state = _worst(streams)
+    starts = [found.started_at for found in runs if found.started_at]
+    ends = [member.finished_at for member in run.members if member.finished_at]
+    sent = [found.successful.total for found in runs if found.successful]
+    rejected = [found.failed.total for found in runs if found.failed]
+    return JobStatus(
+        state=state,
+        word=run.status,
+        rows=sum(sent) if sent else None,
+        rows_rejected=sum(rejected) if rejected else None,
+        duration=(max(ends) - min(starts)).total_seconds() if starts and ends else None,
+        message=_message(run, state, streams),
+        streams=streams,
+    )
+
+
+def _member_state(member: SequenceMember) -> JobState:
+    # A word that we don't know is no end, and least of all a good one.
+    return STATES.get(member.status, JobState.RUNNING)
+
+
+async def _member(api: HightouchApi, member: SequenceMember) -> tuple[StreamResult, SyncRun | None]:
+    """What became of one sync: by its own run where that can be had, by the sequence's word else."""
+    name, found = member.sync_id, None
+    try:
+        name = (await api.sync(member.sync_id)).slug or name
+        found = await api.run(member.sync_id, member.run_id)
+    except NotFoundError:
+        pass  # the sync has been deleted meanwhile; that it has ended, the sequence says
+    status = run_status(found) if found else None
+    return (
+        StreamResult(
+            name=name,
+            state=_member_state(member),
+            rows=status.rows if status else None,
+            message=status.message if status else None,
+        ),
+        found,
+    )
+
+
+def _worst(streams: Sequence[StreamResult]) -> JobState:
+    """What a sequence that is done has come to: `done` alone says only that it is over."""
+    states = {stream.state for stream in streams}
+    if states & {JobState.FAILED, JobState.CANCELLED}:
+        return JobState.FAILED
+    return JobState.SUCCEEDED if states <= {JobState.SUCCEEDED} else JobState.PARTIAL
+
+
+def _message(run: SequenceRun, state: JobState, streams: Sequence[StreamResult]) -> str | None:
+    troubles = [
+        f"{stream.name} {member.status}" + (f" ({stream.message})" if stream.message else "")
+        for stream, member in zip(streams, run.members, strict=True)
+        if stream.state is not JobState.SUCCEEDED
+    ]
+    if troubles:
+        return "; ".join(troubles)[:500]
+    if state is JobState.CANCELLED:
+        return "it was cancelled in Hightouch"
+    return None if state is JobState.SUCCEEDED else f"Hightouch says {run.status}"
