@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from copy import copy
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from functools import cache
 from typing import Any, Protocol, TypeVar
 from weakref import WeakKeyDictionary
@@ -24,7 +21,6 @@ from aiolimiter import AsyncLimiter
 from pydantic import TypeAdapter, ValidationError
 
 from blocks.errors import (
-    RETRY_AFTER_CAP,
     TRANSIENT,
     AuthError,
     BadReply,
@@ -33,8 +29,17 @@ from blocks.errors import (
     RateLimited,
     VendorError,
     VendorUnavailable,
-    parse_retry_after,
 )
+from blocks.replies import (
+    RETRYABLE,
+    bad_reply,
+    clock_of,
+    first_problem,
+    is_html,
+    rate_limited,
+    vendor_message,
+)
+from blocks.tokens import TokenAuth
 
 __all__ = [
     "TRANSIENT",
@@ -51,199 +56,6 @@ __all__ = [
 ]
 
 T = TypeVar("T")
-
-_RETRYABLE = frozenset({408, 425, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-
-
-class TokenAuth(httpx.Auth):
-    """Bearer tokens from a token endpoint: one token per account, fetched ahead of its expiry.
-
-    On a 401 the token is dropped, fetched once and the request sent once more. A lock keeps a fan-out from
-    fetching a token per job.
-
-    Args:
-        vendor: For error messages.
-        request_token: Builds the request to the token endpoint.
-        read_token: Takes the endpoint's JSON and returns the token and its lifetime in seconds.
-        header: The header that carries the token.
-        prefix: What stands before the token in it.
-        what: What a refusal was about, for error messages.
-    """
-
-    def __init__(
-        self,
-        vendor: str,
-        request_token: Callable[[], httpx.Request],
-        read_token: Callable[[Any], tuple[str, float]],
-        *,
-        header: str = "Authorization",
-        prefix: str = "Bearer ",
-        what: str = "the client id or the client secret",
-    ) -> None:
-        self._vendor = vendor
-        self._request_token = request_token
-        self._read_token = read_token
-        self._header = header
-        self._prefix = prefix
-        self._what = what
-        self._lock = asyncio.Lock()
-        self._token: str | None = None
-        self._expires = 0.0
-        self._refusals = 0
-        self._refusal: VendorError | None = None
-
-    async def async_auth_flow(self, request: httpx.Request) -> AsyncGenerator[httpx.Request, httpx.Response]:
-        """Send, refresh once on 401, send again."""
-        for _ in range(2):
-            refusals = self._refusals
-            async with self._lock:
-                if self._refusal is not None and self._refusals != refusals:
-                    # Whoever had the lock before us was refused, and a hundred more would be too.
-                    raise copy(self._refusal)
-                if self._token is None or time.monotonic() >= self._expires:
-                    await self._accept((yield self._token_request()))
-                token = self._token
-            request.headers[self._header] = f"{self._prefix}{token}"
-            response = yield request
-            if response.status_code != httpx.codes.UNAUTHORIZED:
-                return
-            if self._token == token:  # else another request has refreshed it meanwhile
-                self._token = None
-
-    async def sign_in(self, client: httpx.AsyncClient) -> None:
-        """Have a token, before the first request needs one.
-
-        Raises:
-            VendorError, httpx.TransportError: There is none to be had.
-        """
-        async with self._lock:
-            if self._token is None or time.monotonic() >= self._expires:
-                await self._accept(await client.send(self._token_request(), auth=None))
-
-    def _token_request(self) -> httpx.Request:
-        request = self._request_token()
-        request.extensions["token_request"] = True
-        return request
-
-    async def _accept(self, response: httpx.Response) -> None:
-        await response.aread()
-        try:
-            self._token, lifetime = self._read(response)
-        except VendorError as error:
-            self._refusal = error
-            self._refusals += 1
-            raise
-        # A token is fetched anew a little ahead of its end: a request takes time to arrive.
-        self._expires = time.monotonic() + lifetime - min(60.0, lifetime * 0.05)
-
-    def _read(self, response: httpx.Response) -> tuple[str, float]:
-        request, status = response.request, response.status_code
-        # The token request itself has no effect, and the request that it was for was not sent.
-        where: dict[str, Any] = {"method": request.method, "path": request.url.path, "sent": False}
-        if status == httpx.codes.OK:
-            try:
-                return self._read_token(response.json())
-            except (ValueError, KeyError, TypeError):
-                raise bad_reply(self._vendor, response, where) from None
-        if status == httpx.codes.TOO_MANY_REQUESTS:
-            where["status"] = status
-            raise _rate_limited(self._vendor, "too many token requests", response, where)
-        if status in _RETRYABLE:
-            raise VendorUnavailable(self._vendor, "no token to be had", status=status, **where)
-        if response.is_redirect or _is_html(response):
-            raise bad_reply(self._vendor, response, where)
-        if status == httpx.codes.NOT_FOUND:
-            raise NotFoundError(
-                self._vendor,
-                "there is no token endpoint here",
-                status=status,
-                guidance="Check the base URL, or use basic auth for an old self-managed server.",
-                **where,
-            )
-        if status in (400, 401, 403, 422):
-            raise AuthError(
-                self._vendor,
-                f"{self._what} was refused",
-                status=status,
-                guidance="Check them in the block; nothing was started.",
-                **where,
-            )
-        raise VendorError(self._vendor, "no token to be had", status=status, **where)
-
-
-_ADDRESS_GUIDANCE = "Check that the base URL is that of the API and not of the web interface."
-
-
-def _is_html(response: httpx.Response) -> bool:
-    text = response.text.lstrip()[:200].lower()
-    return "html" in response.headers.get("content-type", "") or text.startswith(("<!doctype", "<html"))
-
-
-def bad_reply(vendor: str, response: httpx.Response, where: Mapping[str, Any]) -> BadReply:
-    """The error for a reply that no such API sends, and whether the address is likely to blame."""
-    wrong_address = response.is_redirect or _is_html(response)
-    what = "it answered with something that is not the expected JSON"
-    if response.is_redirect:
-        what = "it redirects elsewhere"
-    elif wrong_address:
-        what = "it answered with an HTML page where JSON was expected"
-    elif not response.text.strip():
-        what = "it answered with an empty body where JSON was expected"
-    guidance = _ADDRESS_GUIDANCE if wrong_address else ""
-    error = BadReply(vendor, what, status=response.status_code, guidance=guidance, **where)
-    error.wrong_address = wrong_address
-    return error
-
-
-def _rate_limited(
-    vendor: str, message: str, response: httpx.Response, details: Mapping[str, Any]
-) -> RateLimited:
-    limited = RateLimited(vendor, message, **details)
-    limited.retry_after = parse_retry_after(response.headers.get("Retry-After"), _clock_of(response))
-    if limited.over_cap:
-        limited.guidance = (
-            f"It asks to wait {limited.retry_after:.0f} s; we wait {RETRY_AFTER_CAP:.0f} s at a time."
-        )
-    return limited
-
-
-def _clock_of(response: httpx.Response) -> datetime | None:
-    try:
-        moment = parsedate_to_datetime(response.headers["Date"])
-    except (KeyError, ValueError):
-        return None
-    return moment if moment.tzinfo is not None else None
-
-
-def _first_problem(error: ValidationError) -> str:
-    problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    return f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {problem['msg']}"
-
-
-def _vendor_message(body: Any) -> str | None:
-    """The vendor's own words in an error body, most specific first."""
-    if isinstance(body, str):
-        return body.strip()[:500] or None
-    if not isinstance(body, Mapping):
-        return None
-    data, status, error = body.get("data"), body.get("status"), body.get("error")
-    parts = [
-        data.get("message") if isinstance(data, Mapping) else None,
-        _envelope_message(status) if isinstance(status, Mapping) else None,  # dbt Cloud
-        *(error.get(key) for key in ("message", "detail", "code") if isinstance(error, Mapping)),
-        *(body.get(key) for key in ("message", "error", "detail", "title")),
-    ]
-    for part in parts:
-        if isinstance(part, str) and part.strip():
-            return part.strip()[:500]
-    if isinstance(body.get("errorId"), str):
-        return f"error id {body['errorId']}"
-    return None
-
-
-def _envelope_message(status: Mapping[str, Any]) -> str:
-    words = (status.get("user_message"), status.get("developer_message"))
-    return " ".join(word.strip() for word in words if isinstance(word, str))
 
 
 @cache
@@ -361,7 +173,7 @@ class ApiClient:
             with attempt:
                 where: dict[str, Any] = {"method": "GET", "path": path, "sent": False}
                 response = await self._exchange(where, params=params, headers={"Accept": "*/*"})
-                if _is_html(response):
+                if is_html(response):
                     raise bad_reply(self.vendor, response, where)
                 return response.content
         raise AssertionError  # as above
@@ -398,7 +210,7 @@ class ApiClient:
         except ValidationError as error:
             raise BadReply(
                 self.vendor,
-                f"its reply is not what the API promises ({_first_problem(error)})",
+                f"its reply is not what the API promises ({first_problem(error)})",
                 status=response.status_code,
                 body=document,
                 **where,
@@ -424,7 +236,7 @@ class ApiClient:
 
     def _take_clock(self, response: httpx.Response) -> None:
         # Only from what is surely the API's own: a proxy's page from its cache may be hours old.
-        if (theirs := _clock_of(response)) is not None:
+        if (theirs := clock_of(response)) is not None:
             self._skew = theirs - datetime.now(UTC)
 
     def _transport_error(self, error: httpx.TransportError, where: Mapping[str, Any]) -> VendorError:
@@ -453,7 +265,7 @@ class ApiClient:
         # The API's own 404 is a document; a bare one comes from whatever stands where the API should be.
         if response.is_redirect or (status in (404, 405) and not isinstance(body, Mapping)):
             return bad_reply(self.vendor, response, refused)
-        message = self._redact(_vendor_message(body) or response.reason_phrase or "no reason given")
+        message = self._redact(vendor_message(body) or response.reason_phrase or "no reason given")
         refused |= {"status": status, "body": body}
         match status:
             case 401:
@@ -467,9 +279,9 @@ class ApiClient:
             case 409:
                 return ConflictError(self.vendor, message, **refused)
             case 429:
-                return _rate_limited(self.vendor, message, response, refused)
+                return rate_limited(self.vendor, message, response, refused)
         details: dict[str, Any] = {**where, "status": status, "body": body}
-        if status in _RETRYABLE:
+        if status in RETRYABLE:
             return VendorUnavailable(self.vendor, message, **details)
         return VendorError(self.vendor, message, **(details if status >= 500 else refused))
 

@@ -11,11 +11,12 @@ from typing import Any
 import httpx
 
 from blocks.fields import MASKED_GUIDANCE
-from blocks.http import ApiClient, AuthError, BadReply, TokenAuth, VendorError, bad_reply
+from blocks.http import ApiClient, AuthError, BadReply, TokenAuth, VendorError
 from blocks.http_job import HttpJob
 from blocks.http_job_auth import BasicAuth, BearerToken, ClientCredentials, HeaderToken, SignIn, secrets_of
 from blocks.http_job_fill import Value, Values, fill, fill_document, fill_path, search
 from blocks.http_job_parts import Cancel, Listing, Lookup, Request, Start
+from blocks.replies import bad_reply
 
 
 @dataclass(frozen=True)
