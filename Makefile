@@ -2,7 +2,7 @@
 #
 #   make demo [FAIL=weather] [RESUME=1]   the main job once, on real flights
 #   make ui                               the Prefect UI and the sandbox, until Ctrl-C
-#   make test [ARGS="-k journal"]         the tests
+#   make test [ARGS="-k journal"]         the tests, on all cores
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
 #   make docs                             the dbt project's own site
@@ -34,8 +34,9 @@ demo: $(READY)
 ui: $(READY)
 	@$(BIN)/python -m sandbox ui --state $(STATE)
 
+# A worker per core, each with a Prefect server of its own, so no more than four. ARGS=-n0 for none.
 test: $(READY)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .
