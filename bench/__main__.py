@@ -10,11 +10,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import dbt_build, fan_out
+from bench import dbt_build, fan_out, watching
 from bench.fan_out import Case
 from bench.measured import run_measured
 from bench.stage import BenchError, Stage
-from bench.table import Section, as_markdown, as_text, dbt_section, fan_out_section, machine
+from bench.table import Section, as_markdown, as_text, dbt_section, fan_out_section, machine, watching_section
 
 CASES = (
     Case(10, 10, 10.0, wall=11.5),
@@ -52,6 +52,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _measure(stage: Stage, args: argparse.Namespace) -> list[Section]:
     sections: list[Section] = []
+    if args.only in (None, "watching"):
+        sections.append(_watching(stage, quick=args.quick))
+    if args.only == "watching":
+        return sections
     _tell("starting the Prefect server")
     stage.ready()
     if not args.quick:
@@ -91,6 +95,14 @@ def _fan_out(stage: Stage, case: Case, *, with_plain: bool) -> Section:
     return fan_out_section(ours, plain)
 
 
+def _watching(stage: Stage, *, quick: bool) -> Section:
+    watched: list[watching.Watched] = []
+    for watch in watching.QUICK if quick else watching.WATCHES:
+        _tell(f"watching {watch.jobs:,} jobs of {watch.title}")
+        watched.append(watching.measure(stage, watch))
+    return watching_section(watched)
+
+
 def _dbt(stage: Stage, project: dbt_build.Project, pairs: int, *, warm: bool = True) -> dbt_build.DbtCost:
     _tell(f"dbt build of {project.name}, {pairs} x both ways")
     return dbt_build.measure(stage, project, pairs, warm=warm)
@@ -99,14 +111,14 @@ def _dbt(stage: Stage, project: dbt_build.Project, pairs: int, *, warm: bool = T
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measure the fan-out and the dbt build against their ideals and the plain ways.",
+        description="Measure watching, fan-out and dbt build against their ideals and the plain ways.",
         epilog="N, K and D are also read from the environment: make bench N=100 D=5.",
     )
     env = os.environ
     parser.add_argument("-n", type=int, default=env.get("N"), help="connections (default: 10, then 500)")
     parser.add_argument("-k", type=int, default=env.get("K"), help="how many at a time (default: all)")
     parser.add_argument("-d", type=float, default=env.get("D"), help="seconds per job (default: 10)")
-    parser.add_argument("--only", choices=("fan-out", "dbt"), help="leave the other out")
+    parser.add_argument("--only", choices=("fan-out", "dbt", "watching"), help="leave the others out")
     parser.add_argument("--no-plain", action="store_true", help="fan-out without the plain way beside it")
     parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, no more")
     parser.add_argument("--save", action="store_true", help="also write bench/results.md")

@@ -14,6 +14,7 @@ import psutil  # type: ignore[import-untyped]
 
 from bench.dbt_build import DbtCost
 from bench.fan_out import FanOut
+from bench.watching import Watched
 
 DBT_RATIO = 1.3
 
@@ -90,6 +91,22 @@ def dbt_section(cost: DbtCost, *, limit: float | None = DBT_RATIO) -> Section:
     pairs = ", ".join(f"{a:.1f}/{b:.1f}" for a, b in zip(cost.ours, cost.plain, strict=True))
     notes = [f"pairs of ours/plain in s, one after the other: {pairs}"]
     return Section(f"dbt build of {cost.project}, each of {cost.nodes} nodes a task run", rows, notes)
+
+
+def watching_section(watched: Sequence[Watched]) -> Section:
+    """What it cost to watch many jobs, tool by tool."""
+    rows = [
+        Row(each.watch.title, sum(each.requests.values()), "", each.watch.limit, None, 0) for each in watched
+    ]
+    first = watched[0].watch
+    notes = [
+        f"{each.watch.title.partition(',')[0]}: {each.looks} looks in {each.measured.wall:.1f} s, "
+        f"{each.measured.cpu:.0f} s of CPU with the sandbox's; "
+        + ", ".join(f"{count:,} {kind}" for kind, count in each.requests.items())
+        for each in watched
+    ]
+    title = f"Requests to watch {first.jobs:,} jobs of {first.seconds:g} s, with a look each second"
+    return Section(title, rows, notes)
 
 
 def machine() -> str:
