@@ -10,18 +10,23 @@ import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
+from uuid import uuid4
 
 import pytest
 from prefect_dbt.cloud import DbtCloudCredentials
 
 from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials
+from blocks.dashboards import power_bi_refresh
 from sandbox import Sandbox, catalog
+from sandbox.dashboards import Dashboard, DashboardBehaviour
 from sandbox.hightouch import Sync
 from sandbox.timeline import SyncBehaviour
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
 from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
 from tasks.hightouch_jobs import HightouchRequest, HightouchVendor
+from tasks.http_job import HttpJobRun
+from tasks.http_job_vendor import HttpJobRequest, HttpJobVendor
 from tasks.jobs import JobPolicy, JobResult, JobVendor, MemoryJournal, run_job
 from tests.jobs_fixtures import until
 
@@ -40,6 +45,8 @@ class Subject(ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]  # as errors call it
+    has_token: ClassVar[bool] = False  # it signs in for a token that expires, where others have a key
     sandbox_name: ClassVar[str]
     start: ClassVar[str]  # the path of a start request, a POST
     look: ClassVar[str]  # the path of a request by which a job is watched
@@ -113,6 +120,8 @@ class Airbyte(Subject):
     """A sync of a synthetic connection, by the public API."""
 
     name = "airbyte"
+    title = "Airbyte"
+    has_token = True
     sandbox_name = "airbyte"
     start = r"^/api/public/v1/jobs$"
     look = r"^/api/public/v1/jobs"
@@ -162,6 +171,7 @@ class Hightouch(Subject):
     """A run of a sync of one table."""
 
     name = "hightouch"
+    title = "Hightouch"
     sandbox_name = "hightouch"
     start = r"/syncs/\d+/trigger$"
     look = r"/syncs/\d+/runs$"
@@ -197,6 +207,7 @@ class DbtCloud(Subject):
     """A run of a scripted job."""
 
     name = "dbt-cloud"
+    title = "dbt Cloud"
     sandbox_name = "dbt_cloud"
     start = r"/jobs/\d+/run/$"
     look = r"/runs/"
@@ -230,6 +241,7 @@ class Fivetran(Subject):
     """A sync of a synthetic connection."""
 
     name = "fivetran"
+    title = "Fivetran"
     sandbox_name = "fivetran"
     start = r"/connections/\w+/sync$"
     look = r"/connections"
@@ -258,13 +270,56 @@ class Fivetran(Subject):
         return len(self.sandbox.fivetran.syncs_of(self.connection_id))
 
 
-SUBJECTS = {each.name: each for each in (Airbyte, AirbyteConfig, Hightouch, DbtCloud, Fivetran)}
+class DeclaredJob(Subject):
+    """A Power BI refresh, as a declaration of its API: what holds for it holds for any declared job."""
+
+    name = "http-job"
+    title = "Power BI"
+    has_token = True
+    sandbox_name = "power_bi"
+    start = r"/refreshes$"
+    look = r"/refreshes"
+    cancel = ("DELETE", r"/refreshes/")
+    vendor_class = HttpJobVendor
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        super().__init__(sandbox)
+        self.model = str(uuid4())
+        spec = dataclasses.replace(catalog.DASHBOARDS[0], dashboard_id=self.model, name=self.model)
+        sandbox.dashboards.dashboards[self.model] = Dashboard(spec, DashboardBehaviour(duration=JOB))
+        job = power_bi_refresh(
+            catalog.POWER_BI_TENANT,
+            catalog.POWER_BI_CLIENT_ID,
+            catalog.POWER_BI_CLIENT_SECRET,
+            base_url=sandbox.power_bi_url,
+            login_url=sandbox.power_bi_login_url,
+        ).model_copy(update={"grace": GRACE, "requests_per_minute": None})
+        arguments = {"group_id": catalog.POWER_BI_GROUP, "dataset_id": self.model}
+        run = HttpJobRun(job=job, arguments=arguments)
+        self.vendor = HttpJobVendor(job)
+        self.request = HttpJobRequest(run.resource_id, "run", "the dashboard", None)
+
+    def behave(self, **changes: Any) -> None:
+        self.sandbox.dashboards.set(self.model, **changes)
+
+    def start_by_hand(self) -> None:
+        self.sandbox.dashboards.refresh(self.model)
+
+    @property
+    def jobs(self) -> int:
+        return len(self.sandbox.dashboards.refreshes_of(self.model))
+
+    def expire_sign_in(self) -> None:
+        self.sandbox.dashboards.tokens.clear()
+
+
+SUBJECTS = {each.name: each for each in (Airbyte, AirbyteConfig, Hightouch, DbtCloud, Fivetran, DeclaredJob)}
 
 
 @pytest.fixture
 def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
     """The waits of the contract, scaled down so that a test can sit them out."""
     for subject in SUBJECTS.values():
-        monkeypatch.setattr(subject.vendor_class, "grace", GRACE)
+        monkeypatch.setattr(subject.vendor_class, "grace", GRACE, raising=False)
     monkeypatch.setattr("blocks.errors.RATE_LIMIT_PAUSE", 0.2)  # for 30 s
     monkeypatch.setattr("blocks.errors.RETRY_AFTER_CAP", 0.3)  # for 120 s

@@ -7,7 +7,6 @@ import logging
 import subprocess
 import sys
 from typing import Any
-from uuid import uuid4
 
 import pytest
 from prefect import flow
