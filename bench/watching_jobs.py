@@ -19,7 +19,7 @@ from sandbox import Sandbox, catalog
 from tasks.airbyte_jobs import AirbyteVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor
 from tasks.fivetran_jobs import Before, FivetranVendor
-from tasks.hightouch import HightouchVendor
+from tasks.hightouch_jobs import HightouchVendor
 from tasks.jobs import JobHandle, JobPolicy, JobState, JobVendor, watcher_for
 
 EACH_SECOND = JobPolicy(poll=1.0, poll_cap=1.0)

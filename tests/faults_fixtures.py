@@ -15,13 +15,16 @@ from uuid import uuid4
 import pytest
 from prefect_dbt.cloud import DbtCloudCredentials
 
-from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials
+from blocks import AirbyteServer, CensusCredentials, FivetranCredentials, HightouchCredentials
 from blocks.dashboards import power_bi_refresh
 from sandbox import Sandbox, catalog
+from sandbox.census import Sync as CensusSync
 from sandbox.dashboards import Dashboard, DashboardBehaviour
 from sandbox.hightouch import Sync
-from sandbox.timeline import SyncBehaviour
+from sandbox.timeline import CensusBehaviour, SyncBehaviour
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
+from tasks.census import CensusVendor
+from tasks.census import _Request as CensusRequest
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
 from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
 from tasks.hightouch_jobs import HightouchRequest, HightouchVendor
@@ -313,7 +316,49 @@ class DeclaredJob(Subject):
         self.sandbox.dashboards.tokens.clear()
 
 
-SUBJECTS = {each.name: each for each in (Airbyte, AirbyteConfig, Hightouch, DbtCloud, Fivetran, DeclaredJob)}
+class Census(Subject):
+    """A run of a sync of one table."""
+
+    name = "census"
+    title = "Census"
+    sandbox_name = "census"
+    start = r"/syncs/\d+/trigger$"
+    look = r"/sync_runs/\d+$"
+    cancel = ("POST", r"/sync_runs/\d+/cancel$")
+    vendor_class = CensusVendor
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        super().__init__(sandbox)
+        self.sync_id = 1000 + next(_numbers)
+        spec = dataclasses.replace(
+            catalog.CENSUS_SYNCS[0],
+            sync_id=self.sync_id,
+            label=f"crm-{self.sync_id}",
+            table=catalog.SYNCS[0].table,
+        )
+        sandbox.census.syncs[self.sync_id] = CensusSync(spec, CensusBehaviour(duration=JOB))
+        self.vendor = CensusVendor(
+            CensusCredentials(
+                api_key=catalog.CENSUS_API_KEY,
+                base_url=sandbox.census_url,
+                requests_per_10_seconds=10_000,
+            )
+        )
+        self.request = CensusRequest(str(self.sync_id), "sync", "crm", None)
+
+    def behave(self, **changes: Any) -> None:
+        self.sandbox.census.set(self.sync_id, **changes)
+
+    def start_by_hand(self) -> None:
+        self.sandbox.census.trigger(self.sync_id)
+
+    @property
+    def jobs(self) -> int:
+        return len(self.sandbox.census.runs_of(self.sync_id))
+
+
+_ALL = (Airbyte, AirbyteConfig, Hightouch, DbtCloud, Fivetran, Census, DeclaredJob)
+SUBJECTS = {each.name: each for each in _ALL}
 
 
 @pytest.fixture
