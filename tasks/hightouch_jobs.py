@@ -5,17 +5,17 @@ Vendor documentation: https://hightouch.com/docs/developer-tools/api-guide
 
 from __future__ import annotations
 
-import asyncio
+import time
 from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from blocks.hightouch import HightouchApi, HightouchCredentials, Sync, SyncRun
 from blocks.http import NotFoundError, VendorError
 from blocks.reference import block_name
-from tasks.jobs import InputError, Intent, JobHandle, JobRequest, JobState, JobStatus
+from tasks.jobs import InputError, Intent, JobHandle, JobRequest, JobState, JobStatus, Sweep
 
 STATES = {
     "queued": JobState.QUEUED,
@@ -30,6 +30,8 @@ STATES = {
     "cancelled": JobState.CANCELLED,
 }
 _FEW = 3  # up to so many runs are read one by one: a list of syncs would cost as much
+_NEAR = timedelta(seconds=5)  # between a trigger and the beginning of its run, clocks that differ included
+_SURE_FOR = 5.0  # seconds between two readings of a run that the list tells of
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,11 @@ class HightouchVendor:
         self._api: HightouchApi | None = None
         self.account: Hashable = credentials.account
         self.block = block_name(credentials, HightouchCredentials)
-        # By run: what the list of syncs said when the run was last read, and what the run was then.
-        self._read: dict[str, tuple[Sync, JobStatus]] = {}
+        # As many ends as Hightouch's limit lets be read in that time are told at once.
+        self._sweep = Sweep(self._look, seconds=10.0)
+        # By run, those longest believed first: when its sync's latest run began that is taken for it.
+        self._began: dict[str, datetime] = {}
+        self._sure_until = 0.0
 
     @asynccontextmanager
     async def session(self) -> AsyncIterator[None]:
@@ -94,30 +99,62 @@ class HightouchVendor:
             return self._handle(await api.sync(request.resource_id), run.id, run.created_at, intent.marker)
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
-        """A hundred syncs a request tell where something has changed; only those runs are read."""
-        seen: dict[str, JobStatus | Exception] = {}
+        """A hundred syncs a request tell which runs go on; only those that may have ended are read."""
         async with self._credentials.api() as api:
             syncs = {s.id: s for s in await api.syncs(retry=False)} if len(handles) > _FEW else {}
+            seen: dict[str, JobStatus | Exception] = {}
+            look: list[JobHandle] = []
             for handle in handles:
-                sync = syncs.get(handle.resource_id)
-                listed, status = self._read.get(handle.job_id, (None, None))
-                # The list does not say which run a status is of: ours may wait behind another or be over
-                # before the next. So it only saves the reading of a run while nothing moves.
-                if status and sync and _moves(sync) and _same(sync, listed):
+                status = self._as_listed(handle, syncs.get(handle.resource_id))
+                if status is None:
+                    look.append(handle)
+                else:
                     seen[handle.job_id] = status
-            slots = asyncio.Semaphore(10)
-            look = [handle for handle in handles if handle.job_id not in seen]
-            found = await asyncio.gather(*(_observe_one(api, handle, slots) for handle in look))
-            seen.update({job_id: status for job_id, status in found if status is not None})
-            for handle in look:
-                self._remember(handle, syncs.get(handle.resource_id), seen.get(handle.job_id))
-        return seen
+            look += self._to_make_sure(handles, seen)
+            read = await self._sweep.look(look)
+        for handle in look:
+            self._remember(handle, syncs.get(handle.resource_id), read.get(handle.job_id))
+        return {**seen, **read}
+
+    def _as_listed(self, handle: JobHandle, sync: Sync | None) -> JobStatus | None:
+        """What a run is if the list of syncs can tell; None if the run has to be read.
+
+        The list shows the latest run of a sync, without its id: ours may wait behind that one, or be over
+        before it. What tells them apart is when it began.
+        """
+        if sync is None or not _moves(sync):
+            return None
+        began = sync.last_run_at
+        if began is None or began < handle.started_at - _NEAR:
+            return JobStatus(state=JobState.QUEUED, word="queued")  # behind one from before our trigger
+        if handle.job_id not in self._began and began <= handle.started_at + _NEAR:
+            self._began[handle.job_id] = began
+        if self._began.get(handle.job_id) != began:
+            return None
+        return JobStatus(state=STATES[sync.status or ""], word=sync.status or "")
+
+    def _to_make_sure(self, handles: Sequence[JobHandle], seen: Mapping[str, object]) -> list[JobHandle]:
+        """Now and then one of the runs that the list tells of: two short ones may be taken for one."""
+        now = time.monotonic()
+        if not seen or now < self._sure_until:
+            return []
+        self._sure_until = now + _SURE_FOR
+        by_id = {handle.job_id: handle for handle in handles if handle.job_id in seen}
+        # In the order in which they were believed or read last.
+        oldest = next((job_id for job_id in self._began if job_id in by_id), None)
+        return [by_id[oldest]] if oldest else []
 
     def _remember(self, handle: JobHandle, sync: Sync | None, status: JobStatus | Exception | None) -> None:
-        if sync and isinstance(status, JobStatus) and not status.state.terminal:
-            self._read[handle.job_id] = (sync, status)
-        else:
-            self._read.pop(handle.job_id, None)
+        self._began.pop(handle.job_id, None)
+        going_on = isinstance(status, JobStatus) and not status.state.terminal
+        if going_on and sync and sync.last_run_at and _moves(sync):
+            self._began[handle.job_id] = sync.last_run_at
+
+    async def _look(self, handle: JobHandle) -> JobStatus | None:
+        async with self._credentials.api() as api:
+            run = await api.run(handle.resource_id, handle.job_id)
+        # None: not visible yet. The watcher bears that for a while.
+        return run_status(run) if run else None
 
     async def cancel(self, handle: JobHandle) -> JobState | None:
         """There is no way in Hightouch's API to cancel a run; at most it has ended."""
@@ -155,26 +192,10 @@ class HightouchVendor:
         )
 
 
-async def _observe_one(
-    api: HightouchApi, handle: JobHandle, slots: asyncio.Semaphore
-) -> tuple[str, JobStatus | Exception | None]:
-    async with slots:
-        try:
-            run = await api.run(handle.resource_id, handle.job_id)
-        except VendorError as error:
-            return handle.job_id, error
-    # None: not visible yet. The watcher bears that for a while.
-    return handle.job_id, run_status(run) if run else None
-
-
 def _moves(sync: Sync) -> bool:
     """Whether a run is under way; `disabled` and the like say nothing about that."""
     state = STATES.get(sync.status or "")
     return state is not None and not state.terminal
-
-
-def _same(sync: Sync, other: Sync | None) -> bool:
-    return other is not None and (sync.status, sync.last_run_at) == (other.status, other.last_run_at)
 
 
 def run_status(run: SyncRun) -> JobStatus:

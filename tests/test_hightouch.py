@@ -345,8 +345,11 @@ class _Many:
         return seen, self.box.requests.count(vendor="hightouch") - before
 
 
-async def test_many_runs_few_requests(box: Sandbox, credentials: HightouchCredentials) -> None:
-    """While nothing moves, a look at 250 runs takes three requests; when one ends, one more."""
+async def test_many_runs_few_requests(
+    box: Sandbox, credentials: HightouchCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A look at 250 runs takes three requests, now and then one to make sure, and one per run that ended."""
+    monkeypatch.setattr("tasks.hightouch_jobs._SURE_FOR", 60.0)
     box.hightouch.settings.requests_per_10_seconds = None
     box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
     many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
@@ -354,7 +357,8 @@ async def test_many_runs_few_requests(box: Sandbox, credentials: HightouchCreden
         await until(
             lambda: all(run.status == "processing" for s in box.hightouch.syncs.values() for run in s.runs)
         )
-        await many.look()  # the first look reads each run once
+        _, requests = await many.look()
+        assert requests == 4
         _, requests = await many.look()
         assert requests == 3
         box.hightouch.finish_run(int(many.handles[7].job_id), "interrupted")
@@ -379,6 +383,24 @@ async def test_an_end_behind_the_next_run(box: Sandbox, credentials: HightouchCr
         seen, _ = await many.look()
     assert box.hightouch.syncs[1000].reply()["status"] == "processing"
     assert seen[ours.job_id].state is JobState.FAILED
+
+
+async def test_an_end_that_looks_like_the_beginning(
+    box: Sandbox, credentials: HightouchCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was over before the first look is not taken for the next one for ever."""
+    monkeypatch.setattr("tasks.hightouch_jobs._SURE_FOR", 0.0)
+    box.hightouch.settings.requests_per_10_seconds = None
+    box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
+    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    ours = many.handles[0]
+    many.start(1000)
+    box.hightouch.finish_run(int(ours.job_id), "interrupted")
+    await until(lambda: box.hightouch.runs_of(1000)[1].status == "processing")
+    many.handles = many.handles[:5]
+    async with many.vendor.session():
+        looks = [(await many.look())[0][ours.job_id].state for _ in range(5)]
+    assert JobState.FAILED in looks
 
 
 # -- input
