@@ -96,7 +96,14 @@ def dbt_section(cost: DbtCost, *, limit: float | None = DBT_RATIO) -> Section:
 def watching_section(watched: Sequence[Watched]) -> Section:
     """What it cost to watch many jobs, tool by tool."""
     rows = [
-        Row(each.watch.title, sum(each.requests.values()), "", each.watch.limit, None, 0) for each in watched
+        Row(
+            each.watch.title,
+            sum(each.requests.values()),
+            "",
+            each.watch.limit(each.measured.wall),
+            digits=0,
+        )
+        for each in watched
     ]
     first = watched[0].watch
     notes = [

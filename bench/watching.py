@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from bench.measured import Measured, run_measured
 from bench.stage import BenchError, Stage
 
-Tool = Literal["airbyte", "airbyte-config", "fivetran", "dbt-cloud", "hightouch"]
+Tool = Literal["airbyte", "airbyte-config", "fivetran", "dbt-cloud", "hightouch", "census"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Watch:
         pages: Requests that a look at all of them takes.
         spare: What may come on top: the first and the last look, and what the tool's API makes necessary.
         each: Requests per job that has ended, where a list does not tell how.
+        rate: Requests a second that our limit allows, where there is no list at all: then only that counts.
     """
 
     tool: Tool
@@ -32,10 +33,12 @@ class Watch:
     pages: int = 10
     spare: int = 50
     each: int = 0
+    rate: float | None = None
 
-    @property
-    def limit(self) -> int:
-        """What the requests may come to."""
+    def limit(self, wall: float) -> int:
+        """What the requests may come to when the last end was seen after so many seconds."""
+        if self.rate is not None:
+            return round(self.rate * wall) + self.spare
         return round(self.pages * self.seconds) + self.spare + self.each * self.jobs
 
 
@@ -45,8 +48,9 @@ WATCHES = (
     Watch("fivetran", "Fivetran", pages=1, spare=5),
     Watch("dbt-cloud", "dbt Cloud"),
     Watch("hightouch", "Hightouch, one per finished run among them", spare=100, each=1),
+    Watch("census", "Census, as many as its limit allows", spare=100, rate=10.0),
 )
-QUICK = tuple(Watch(watch.tool, watch.title, jobs=20, seconds=3.0, pages=1) for watch in WATCHES)
+QUICK = tuple(replace(watch, jobs=20, seconds=3.0) for watch in WATCHES)
 
 
 @dataclass(frozen=True)

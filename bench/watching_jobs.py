@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import SecretStr
 
 from bench.measured import report
-from blocks import AirbyteServer, FivetranCredentials, HightouchCredentials
+from blocks import AirbyteServer, CensusCredentials, FivetranCredentials, HightouchCredentials
 from sandbox import Sandbox, catalog
 from tasks.airbyte_jobs import AirbyteVendor
+from tasks.census import CensusVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor
 from tasks.fivetran_jobs import Before, FivetranVendor
 from tasks.hightouch_jobs import HightouchVendor
@@ -85,12 +86,20 @@ def _hightouch(sandbox: Sandbox, jobs: int, seconds: float) -> Begun:
     return vendor, [_handle(vendor, each, hightouch.trigger(each).run_id) for each in ids]
 
 
+def _census(sandbox: Sandbox, jobs: int, seconds: float) -> Begun:
+    credentials = CensusCredentials(api_key=SecretStr(catalog.CENSUS_API_KEY), base_url=sandbox.census_url)
+    vendor, census = CensusVendor(credentials), sandbox.census
+    ids = census.add_syncs(jobs, duration=seconds)
+    return vendor, [_handle(vendor, each, census.trigger(each).run_id) for each in ids]
+
+
 _BEGIN: Mapping[str, Callable[[Sandbox, int, float], Begun]] = {
     "airbyte": _airbyte("public"),
     "airbyte-config": _airbyte("config"),
     "fivetran": _fivetran,
     "dbt-cloud": _dbt_cloud,
     "hightouch": _hightouch,
+    "census": _census,
 }
 
 

@@ -9,7 +9,7 @@ import math
 import threading
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -232,6 +232,15 @@ class Census:
             sync.behaviour = CensusBehaviour.model_validate(sync.behaviour.model_dump() | sent)
         return sync
 
+    def add_syncs(self, count: int, *, duration: float = 3.0, prefix: str = "synthetic") -> list[int]:
+        """Add syncs that read no data, for benches, and return their ids."""
+        with self.lock:
+            first = max(self.syncs) + 1
+            for number in range(first, first + count):
+                spec = replace(catalog.CENSUS_SYNCS[0], sync_id=number, label=f"{prefix}-{number}", table="")
+                self.syncs[number] = Sync(spec, CensusBehaviour(duration=duration))
+        return list(range(first, first + count))
+
     def runs_of(self, key: int | str) -> list[Run]:
         """The runs of a sync, oldest first."""
         with self.lock:
@@ -270,7 +279,9 @@ class Census:
             self._next_run += 1
             sync.runs.append(run)
             self.runs[run.run_id] = run
-        if not skipped:
+        if not sync.spec.table:
+            work.done_at = time.monotonic()
+        elif not skipped:
             self._workers.start(f"sandbox-census-{run.run_id}", self._work, sync, run)
         return run
 

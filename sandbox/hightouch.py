@@ -228,6 +228,15 @@ class Hightouch:
             sync.behaviour = SyncBehaviour.model_validate(sync.behaviour.model_dump() | sent)
         return sync
 
+    def add_syncs(self, count: int, *, duration: float = 3.0, prefix: str = "synthetic") -> list[int]:
+        """Add syncs that read no data, for benches, and return their ids."""
+        with self.lock:
+            first = max(self.syncs) + 1
+            for number in range(first, first + count):
+                spec = catalog.SyncSpec(number, f"{prefix}-{number}", "", "id", "nowhere", "nobody")
+                self.syncs[number] = Sync(spec, SyncBehaviour(duration=duration))
+        return list(range(first, first + count))
+
     def runs_of(self, key: int | str) -> list[Run]:
         """The runs of a sync, oldest first."""
         with self.lock:
@@ -253,7 +262,10 @@ class Hightouch:
             if previous is None:
                 run.timeline = _course(behaviour, run)
             sync.runs.append(run)
-        self._workers.start(f"sandbox-run-{run.run_id}", self._work, sync, run, previous, behaviour)
+        if sync.spec.table or previous is not None:
+            self._workers.start(f"sandbox-run-{run.run_id}", self._work, sync, run, previous, behaviour)
+        else:
+            run.work.done_at = time.monotonic()
         return run
 
     def finish_run(self, run_id: int, word: Literal["failed", "cancelled", "interrupted"]) -> None:
@@ -297,7 +309,7 @@ class Hightouch:
         if run.timeline is None:
             run.timeline = _course(behaviour, run)
         work = run.work
-        if not work.cancelled.wait(min(LONG, run.timeline.phases[0].seconds)):
+        if sync.spec.table and not work.cancelled.wait(min(LONG, run.timeline.phases[0].seconds)):
             before = Counter[int]() if run.full_resync else sync.delivered()
             change = read_model(self.warehouse, sync.spec.table, work, before)
             run.change = Change() if run.outcome == "zero_rows" else change
