@@ -28,7 +28,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deployments.check_dbt import DbtProject, Failed
-from tasks.dbt.lineage import Lineage, LineageNode
+from tasks.dbt.lineage import Lineage
 from tasks.tools import TOOLS
 
 _HEADER = """\
@@ -166,8 +166,8 @@ def _feeds(sync: dict[str, Any], pipeline: Pipeline, lineage: Lineage) -> bool:
 
 def _stands_on(activation: dict[str, Any], below: set[str], lineage: Lineage) -> bool:
     key = TOOLS[activation["tool"]].meta
-    exposure: LineageNode | None = lineage.exposure_for(key=key, value=_resource_of(activation))
-    return exposure is not None and exposure.unique_id in below
+    exposures = lineage.exposures_for(key=key, value=_resource_of(activation))
+    return bool(exposures) and all(exposure.unique_id in below for exposure in exposures)
 
 
 def _resource_of(parameters: dict[str, Any]) -> str:

@@ -121,12 +121,12 @@ class Gate:
             n.unique_id for n in nodes if n.state is DbtState.SKIPPED and n.resource_type in _BUILT
         ]
 
-    def exposure_of(self, activation: Parameters) -> LineageNode | None:
-        """The dbt exposure that stands for an activation."""
+    def exposures_of(self, activation: Parameters) -> list[LineageNode]:
+        """The dbt exposures that stand for an activation."""
         if self.plan is None:
-            return None
+            return []
         key = TOOLS[activation.tool].meta
-        return self.plan.lineage.exposure_for(key=key, value=activation.resource_id)
+        return self.plan.lineage.exposures_for(key=key, value=activation.resource_id)
 
     def why_not_activate(self, activation: Parameters) -> str | None:
         """Why an activation is held back; None if all that it is built on is fresh."""
@@ -136,10 +136,13 @@ class Gate:
         if self.transform_trouble:
             return self.transform_trouble
         lineage = self.plan.lineage
-        exposure = self.exposure_of(activation)
-        if exposure is not None:
+        if exposures := self.exposures_of(activation):
             tainted = lineage.tainted(self.failed_nodes, self.skipped_nodes)
-            return lineage.why_held(exposure, self.late_sources, tainted, what=self._what)
+            reasons = (
+                lineage.why_held(exposure, self.late_sources, tainted, what=self._what)
+                for exposure in exposures
+            )
+            return next((why for why in reasons if why), None)
         trouble = late or ("the transform did not succeed" if self.failed_nodes else None)
         if trouble:
             key = TOOLS[activation.tool].meta
@@ -149,10 +152,10 @@ class Gate:
     def causes_of(self, activation: Parameters | None = None) -> list[str]:
         """Keys of the steps and nodes for which an activation, or the transform, is held back."""
         late, failed = self.late, self.failed_nodes
-        exposure = self.exposure_of(activation) if activation else None
-        if self.plan and exposure and not self.transform_trouble:
+        exposures = self.exposures_of(activation) if activation else []
+        if self.plan and exposures and not self.transform_trouble:
             lineage = self.plan.lineage
-            above = lineage.upstream([exposure.unique_id])
+            above = lineage.upstream([exposure.unique_id for exposure in exposures])
             late = [job for job in late if above & self.sources_of(job)]
             failed = [node for node in failed if above & lineage.tainted([node])]
         waits_for = {(job.vendor, job.resource_id) for job in late}

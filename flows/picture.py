@@ -79,10 +79,9 @@ class _Look:
         self.by_exposure: dict[str, Step] = {}
         done = {(step.tool, step.resource_id): step for step in steps if step.kind == "activation"}
         for activation in activations:
-            exposure = gate.exposure_of(activation)
-            step = done.get((activation.tool, activation.resource_id))
-            if exposure is not None and step is not None:
-                self.by_exposure[exposure.unique_id] = step
+            if step := done.get((activation.tool, activation.resource_id)):
+                for exposure in gate.exposures_of(activation):
+                    self.by_exposure[exposure.unique_id] = step
         self.states: Mapping[str, DbtState] = {node.unique_id: node.state for node in nodes}
         late = self.lineage.downstream(gate.late_sources)
         tainted = self.lineage.tainted(gate.failed_nodes, gate.skipped_nodes)

@@ -15,7 +15,7 @@ from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
 from prefect_slack import SlackCredentials, SlackWebhook
 
-from blocks import AirbyteServer, HightouchCredentials, PagerDutyRouting
+from blocks import AirbyteServer, CensusCredentials, HightouchCredentials, PagerDutyRouting
 from sandbox import Sandbox, catalog
 from tests.sandbox_fixtures import IDS, box, sources
 
@@ -41,6 +41,7 @@ def save_blocks(box: Sandbox) -> None:
     HightouchCredentials(api_key=catalog.HIGHTOUCH_API_KEY, base_url=box.hightouch_url).save(
         "hightouch", overwrite=True
     )
+    CensusCredentials(api_key=catalog.CENSUS_API_KEY, base_url=box.census_url).save("census", overwrite=True)
     for channel in catalog.WEBHOOKS:
         SlackWebhook(url=box.slack_url(channel)).save(channel, overwrite=True)
     SlackCredentials(token=catalog.SLACK_TOKEN).save("slack", overwrite=True)

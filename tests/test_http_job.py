@@ -539,8 +539,7 @@ def test_in_a_dbt_project(desk: Desk) -> None:
         },
     }
     lineage = Lineage.from_manifest(manifest)
-    exposure = lineage.exposure_for(key=TOOL.meta, value=run.resource_id)
-    assert exposure
+    (exposure,) = lineage.exposures_for(key=TOOL.meta, value=run.resource_id)
     assert exposure.name == "board"
     assert lineage.why_held(exposure, ["source.p.raw.weather"], []) == (
         "weather did not land, and delays is built on it"

@@ -101,15 +101,11 @@ def test_downstream_and_upstream_follow_the_graph_and_leave_out_where_they_start
 
 def test_exposures_are_found_by_the_id_of_what_they_stand_for(lineage: Lineage) -> None:
     """A number and its text are the same id."""
-    by_text, by_number = (
-        lineage.exposure_for(key="hightouch_sync_id", value="101"),
-        lineage.exposure_for(key="hightouch_sync_id", value=102),
-    )
-    assert by_text is not None
+    (by_text,) = lineage.exposures_for(key="hightouch_sync_id", value="101")
+    (by_number,) = lineage.exposures_for(key="hightouch_sync_id", value=102)
     assert (by_text.name, by_text.owner, by_text.url) == ("scores", "ops-crm", "https://crm")
-    assert by_number is not None
     assert by_number.name == "alerts"
-    assert lineage.exposure_for(key="hightouch_sync_id", value="10") is None
+    assert lineage.exposures_for(key="hightouch_sync_id", value="10") == []
 
 
 def test_a_failed_model_taints_itself_and_what_is_below(lineage: Lineage) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
+from tests.spec_census import census_contract, drive_census
 from tests.spec_dbt_cloud import dbt_cloud_contract, drive_dbt_cloud
 from tests.spec_drives import Drive, drive_airbyte, drive_airbyte_config, drive_hightouch, drive_pagerduty
 from tests.spec_fivetran import drive_fivetran, fivetran_contract
@@ -65,6 +66,7 @@ VENDORS: dict[str, tuple[Callable[[Path], Contract], Callable[[Drive], Awaitable
     "airbyte": (airbyte_contract, drive_airbyte),
     "airbyte-config": (airbyte_config_contract, drive_airbyte_config),
     "fivetran": (fivetran_contract, drive_fivetran),
+    "census": (census_contract, drive_census),
     "dbt-cloud": (dbt_cloud_contract, drive_dbt_cloud),
     "hightouch": (hightouch_contract, drive_hightouch),
     "pagerduty": (pagerduty_contract, drive_pagerduty),

@@ -184,10 +184,13 @@ class Lineage:
             )
         }
 
-    def exposure_for(self, *, key: str, value: str | int) -> LineageNode | None:
-        """The exposure whose `meta` has this value under this key, such as `hightouch_sync_id: 101`."""
+    def exposures_for(self, *, key: str, value: str | int) -> list[LineageNode]:
+        """The exposures whose `meta` has this value under this key, such as `hightouch_sync_id: 101`.
+
+        One activation may stand behind several: a sequence of syncs behind one for each of them.
+        """
         wanted = str(value).casefold()
-        return next((node for node in self.exposures if wanted in _texts(node.meta.get(key))), None)
+        return [node for node in self.exposures if wanted in _texts(node.meta.get(key))]
 
     def tainted(self, failed: Iterable[str], skipped: Iterable[str] = ()) -> set[str]:
         """The nodes that must not be trusted after a run.
