@@ -111,7 +111,7 @@ class CensusSync(BaseModel):
 
 
 @dataclass(frozen=True)
-class _Request:
+class CensusRequest:
     """A run of a sync, as the engine takes it."""
 
     resource_id: str
@@ -147,7 +147,7 @@ class CensusVendor:
     async def baseline(self, request: JobRequest) -> None:
         """Nothing: runs have ids and times."""
 
-    async def start(self, request: _Request, intent: Intent) -> JobHandle:
+    async def start(self, request: CensusRequest, intent: Intent) -> JobHandle:
         """`POST /syncs/{id}/trigger`. Always gives a run; while another is going, one that is skipped."""
         async with self._credentials.api() as api:
             sync = await api.sync(request.resource_id)
@@ -228,7 +228,7 @@ class CensusVendor:
         async with self._credentials.api() as api:
             run = await api.run(run_id, retry=True)
             sync = await api.sync(run.sync_id)
-        request = _Request(sync.id, _FULL if run.full_sync else "sync", sync.label or sync.id, None)
+        request = CensusRequest(sync.id, _FULL if run.full_sync else "sync", sync.label or sync.id, None)
         return self._handle(sync.id, run.id, run.created_at, ""), request, _status(run)
 
     def _handle(self, sync_id: str, run_id: str, started_at: datetime, marker: str) -> JobHandle:
@@ -377,7 +377,7 @@ async def census_sync(sync: CensusSync) -> JobResult:
     credentials = await load_block(CensusCredentials, sync.credentials)
     async with credentials.api() as api:
         sync = _named(sync, await _lookup(api, sync))
-        request = _Request(sync.sync_id, _FULL if sync.full_sync else "sync", sync.name, sync.owner)
+        request = CensusRequest(sync.sync_id, _FULL if sync.full_sync else "sync", sync.name, sync.owner)
         return await run_job(CensusVendor(credentials), request, sync.policy)
 
 

@@ -23,8 +23,7 @@ from sandbox.dashboards import Dashboard, DashboardBehaviour
 from sandbox.hightouch import Sync
 from sandbox.timeline import CensusBehaviour, SyncBehaviour
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
-from tasks.census import CensusVendor
-from tasks.census import _Request as CensusRequest
+from tasks.census import CensusRequest, CensusVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
 from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
 from tasks.hightouch_jobs import HightouchRequest, HightouchVendor

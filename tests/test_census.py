@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
-import duckdb
 import httpx
 import pytest
 from prefect import flow
@@ -18,27 +16,30 @@ from pydantic import SecretStr, TypeAdapter, ValidationError
 from blocks import CensusCredentials
 from blocks.census import SyncRun
 from blocks.http import AuthError, NotFoundError, VendorError, VendorUnavailable
-from sandbox import Sandbox, catalog
+from sandbox import Sandbox
 from sandbox.census import Sync
-from tasks.census import CensusSync, CensusVendor, _Request, _status, census_check, census_status, census_sync
+from tasks.census import (
+    CensusSync,
+    CensusVendor,
+    _status,
+    census_check,
+    census_status,
+    census_sync,
+)
 from tasks.jobs import (
-    Entry,
     InputError,
     JobCancelled,
     JobFailed,
     JobHandle,
-    JobPolicy,
-    JobResult,
     JobState,
     JobStatus,
     JobTimeout,
     MemoryJournal,
-    run_job,
-    wait_for_job,
 )
+from tests.census_fixtures import SYNC, box, credentials, entry_of, run, run_ids, sync, triggers, words
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
 
-__all__ = ["collected"]
+__all__ = ["box", "collected", "credentials"]
 
 pytestmark = [
     *PREFECTS_SOCKETS,
@@ -46,62 +47,8 @@ pytestmark = [
     # Prefect's, on every line that a task outside of a flow logs.
     pytest.mark.filterwarnings("ignore:.*without a flow run id:UserWarning"),
 ]
-SYNC = 401
 TASKS = pytest.mark.usefixtures("prefect_server")
 APPENDS = 402
-
-
-@pytest.fixture
-def box(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> Iterator[Sandbox]:
-    """A sandbox whose warehouse has a hundred rows for each sync."""
-    monkeypatch.setattr(CensusVendor, "grace", 0.4)
-    with duckdb.connect(str(sandbox.warehouse.path)) as warehouse:
-        warehouse.execute("CREATE SCHEMA marts")
-        for spec in catalog.CENSUS_SYNCS:
-            warehouse.sql("SELECT range AS n FROM range(100)").create(spec.table)
-    return sandbox
-
-
-@pytest.fixture
-def credentials(box: Sandbox) -> CensusCredentials:
-    return CensusCredentials(
-        api_key=SecretStr(catalog.CENSUS_API_KEY),
-        base_url=box.census_url,
-        app_url=f"{box.url}/census",
-        workspace_id=str(catalog.CENSUS_WORKSPACE_ID),
-        requests_per_10_seconds=10_000,
-    )
-
-
-def sync(credentials: CensusCredentials | str, sync_id: Any = SYNC, **settings: Any) -> CensusSync:
-    full_sync = settings.pop("full_sync", False)
-    policy = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **settings})
-    return CensusSync(credentials=credentials, sync_id=sync_id, full_sync=full_sync, policy=policy)
-
-
-async def run(
-    credentials: CensusCredentials,
-    journal: MemoryJournal | None = None,
-    *,
-    operation: str = "sync",
-    **policy: Any,
-) -> JobResult:
-    """One attempt; attempts with one journal are retries of each other."""
-    request = _Request(str(SYNC), operation, "fleet", None)
-    settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
-    return await run_job(CensusVendor(credentials), request, settings, journal=journal or MemoryJournal())
-
-
-def triggers(box: Sandbox) -> int:
-    return box.requests.count(vendor="census", method="POST", path="/trigger$")
-
-
-def run_ids(box: Sandbox) -> list[str]:
-    return [str(run.run_id) for run in box.census.runs_of(SYNC)]
-
-
-def words(box: Sandbox) -> list[str]:
-    return [run.status for run in box.census.runs_of(SYNC)]
 
 
 def reply(**fields: Any) -> JobStatus:
@@ -368,133 +315,6 @@ async def test_a_refusal_with_status_200(box: Sandbox, credentials: CensusCreden
             await run(credentials, journal)
     assert triggers(box) == 1
     assert all(not entry.open for entry in journal.entries.values())
-
-
-# -- skipped for another run
-
-
-@pytest.fixture
-def earlier(box: Sandbox) -> str:
-    """A run that is going on until `free` ends it."""
-    return keep_busy(box)
-
-
-def keep_busy(box: Sandbox) -> str:
-    box.census.set(SYNC, outcome="stuck", duration=0.1)
-    run_id = str(box.census.trigger(SYNC).run_id)
-    box.census.set(SYNC, outcome="succeed")
-    return run_id
-
-
-async def free(box: Sandbox, earlier: str, skipped: int = 1) -> None:
-    """End the earlier run as soon as ours has been skipped for it."""
-    await until(lambda: words(box).count("skipped") == skipped)
-    await asyncio.sleep(0.2)
-    box.census.finish_run(int(earlier), "completed")
-
-
-async def test_skipped_and_queue(box: Sandbox, credentials: CensusCredentials, earlier: str) -> None:
-    """A run that Census skips is started again when the one that was going has ended."""
-    journal = MemoryJournal()
-    result, _ = await asyncio.gather(run(credentials, journal), free(box, earlier))
-    assert result.state is JobState.SUCCEEDED
-    assert words(box) == ["completed", "skipped", "completed"]
-    assert result.job_id == run_ids(box)[2]
-    (entry,) = journal.entries.values()
-    assert entry.known == [run_ids(box)[1]]
-
-
-async def test_skipped_and_adopt(box: Sandbox, credentials: CensusCredentials, earlier: str) -> None:
-    """With `adopt` the run that was going is taken as ours, and a retry attaches to that one."""
-    journal = MemoryJournal()
-    result, _ = await asyncio.gather(run(credentials, journal, on_active="adopt"), free(box, earlier))
-    assert (result.job_id, result.state) == (earlier, JobState.SUCCEEDED)
-    assert words(box) == ["completed", "skipped"]
-    (entry,) = journal.entries.values()
-    assert entry.handle
-    assert entry.handle.job_id == earlier
-
-
-async def test_skipped_and_adopt_is_not_for_a_full_sync(box: Sandbox, credentials: CensusCredentials) -> None:
-    """A run that sends changes only can't stand for the full sync that was asked for: that one is queued."""
-    await run(credentials)
-    changes = keep_busy(box)
-    asked = run(credentials, operation="full-sync", on_active="adopt")
-    result, _ = await asyncio.gather(asked, free(box, changes))
-    assert result.job_id not in (changes, None)
-    assert (result.rows, box.census.runs_of(SYNC)[-1].full_sync) == (100, True)
-
-
-@pytest.mark.parametrize("on_active", ["skip", "fail"])
-async def test_skipped_and_left(
-    box: Sandbox, credentials: CensusCredentials, earlier: str, on_active: str
-) -> None:
-    """With `skip` the result is SKIPPED and names the run that was going; with `fail` it is a failure."""
-    message = f"job {earlier} is running already, and the policy says {on_active}"
-    if on_active == "skip":
-        result = await run(credentials, on_active=on_active)
-        assert (result.state, result.good, result.message) == (JobState.SKIPPED, False, message)
-    else:
-        with pytest.raises(JobFailed, match=message):
-            await run(credentials, on_active=on_active)
-    assert triggers(box) == 1
-
-
-async def test_skipped_again_and_again(box: Sandbox, credentials: CensusCredentials) -> None:
-    """Behind runs that never leave room, waiting ends with the timeout; theirs is not touched."""
-    box.census.set(SYNC, outcome="stuck", duration=0.1)
-    box.census.trigger(SYNC)
-    with pytest.raises(
-        JobTimeout, match=r"was running already and did not end in 0.7 s; ours was not started"
-    ):
-        await run(credentials, timeout=0.7)
-    assert words(box) == ["working", "skipped"]
-
-
-async def test_a_lost_start_that_runs(box: Sandbox, credentials: CensusCredentials) -> None:
-    """A lost start that stays invisible is sent again and skipped: the one that runs is known as ours."""
-    box.census.set(SYNC, visibility_delay=0.7, duration=3)
-    box.faults.add(kind="drop_after", method="POST", path="/trigger$", times=1)
-    journal = MemoryJournal()
-    waiting = asyncio.create_task(run(credentials, journal))
-    await until(lambda: len(run_ids(box)) == 1)
-    box.census.set(SYNC, visibility_delay=0.0)
-    result = await waiting
-    assert words(box) == ["completed", "skipped"]
-    assert result.job_id == run_ids(box)[0]
-
-
-async def test_a_crash_behind_another_run(box: Sandbox, credentials: CensusCredentials, earlier: str) -> None:
-    """A retry of an attempt that died while it waited behind another run starts ours, once."""
-    journal = MemoryJournal()
-    first = asyncio.create_task(run(credentials, journal))
-    await until(lambda: words(box) == ["working", "skipped"] and bool(entry_of(journal).handle))
-    before = entry_of(journal)
-    first.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await first
-    await journal.record(before)  # a crash writes nothing
-    result, _ = await asyncio.gather(run(credentials, journal), free(box, earlier))
-    assert words(box) == ["completed", "skipped", "completed"]
-    assert result.job_id == run_ids(box)[2]
-
-
-def entry_of(journal: MemoryJournal) -> Entry:
-    (entry,) = journal.entries.values()
-    return entry
-
-
-async def test_a_skipped_run_of_somebody(box: Sandbox, credentials: CensusCredentials, earlier: str) -> None:
-    """To wait for somebody's run that Census skipped is to learn that, and what it was skipped for."""
-    skipped = box.census.trigger(SYNC)
-    vendor = CensusVendor(credentials)
-    await until(lambda: skipped.status == "skipped")
-    handle, request, status = await vendor.look_up(str(skipped.run_id))
-    assert status.state is JobState.SKIPPED
-    box.census.finish_run(int(earlier), "completed")
-    with pytest.raises(JobFailed, match=f"skipped it: a run is active already: job {earlier}") as caught:
-        await wait_for_job(vendor, request, handle, JobPolicy())
-    assert caught.value.result.state is JobState.SKIPPED
 
 
 # -- cancelling

@@ -10,11 +10,12 @@ import duckdb
 import httpx
 import pytest
 
-from sandbox import Sandbox
-from tests.sandbox_fixtures import box, hightouch, sources, until
+from sandbox import Sandbox, catalog
+from tests.sandbox_fixtures import box, control, hightouch, sources, until
 
-__all__ = ["box", "hightouch", "sources"]
+__all__ = ["box", "control", "hightouch", "sources"]
 
+pytestmark = pytest.mark.no_server
 FINAL = ("success", "warning", "failed", "cancelled", "interrupted")
 
 
@@ -76,6 +77,107 @@ def test_run_walks_through_its_states(box: Sandbox, scorecard: None, hightouch: 
 
     until(read, lambda found: found["status"] in FINAL)
     assert seen == ["queued", "querying", "processing", "reporting", "success"]
+
+
+def test_a_run_sends_what_has_changed(box: Sandbox, scorecard: None, hightouch: httpx.Client) -> None:
+    """A run sends new, changed and removed rows; rejected rows come again; a full resync sends all."""
+    ended(hightouch, trigger(hightouch))
+    with duckdb.connect(str(box.warehouse.path)) as db:
+        db.execute("DELETE FROM marts.mart_carrier_scorecard WHERE carrier IN (1, 2)")
+        db.execute("UPDATE marts.mart_carrier_scorecard SET carrier = 100 WHERE carrier = 3")
+    box.hightouch.set(101, outcome="warn", rejected=1, times=1)
+    reply = ended(hightouch, trigger(hightouch))
+    assert (reply["querySize"], reply["plannedRows"]["addedCount"], reply["plannedRows"]["removedCount"]) == (
+        14,
+        1,
+        3,
+    )
+    assert (rows(reply, "successfulRows"), rows(reply, "failedRows")) == (3, 1)
+    assert rows(ended(hightouch, trigger(hightouch)), "successfulRows") == 1
+    assert rows(ended(hightouch, trigger(hightouch)), "plannedRows") == 0
+    whole = hightouch.post("/syncs/101/trigger", json={"fullResync": True}).json()["id"]
+    assert rows(ended(hightouch, whole), "successfulRows") == 14
+
+
+@pytest.fixture
+def both(box: Sandbox) -> None:
+    """The tables of both syncs of the sequence, and quick runs."""
+    with duckdb.connect(str(box.warehouse.path)) as db:
+        db.execute("CREATE SCHEMA marts")
+        for spec in catalog.SYNCS:
+            db.sql("SELECT range AS n FROM range(4)").create(spec.table)
+            box.hightouch.set(spec.sync_id, duration=0.1)
+
+
+def sequence(client: httpx.Client) -> str:
+    run_id: str = client.post("/sync-sequences/7/trigger").raise_for_status().json()["id"]
+    return run_id
+
+
+def sequence_ended(client: httpx.Client, run_id: str) -> dict[str, Any]:
+    return until(
+        lambda: client.get(f"/sync-sequences/runs/{run_id}").json(),
+        lambda found: found["status"] in ("done", "failed", "cancelled"),
+    )
+
+
+def test_a_sequence_runs_its_syncs_one_by_one(box: Sandbox, both: None, hightouch: httpx.Client) -> None:
+    """A sequence really runs its syncs, and `done` says nothing of how they ended."""
+    box.hightouch.set(101, outcome="warn")
+    reply = sequence_ended(hightouch, sequence(hightouch))
+    assert reply["status"] == "done"
+    assert [(run["syncId"], run["status"]) for run in reply["syncRuns"]] == [
+        (101, "warning"),
+        (102, "success"),
+    ]
+    (first,), (second,) = box.hightouch.runs_of(101), box.hightouch.runs_of(102)
+    assert [run["syncRunId"] for run in reply["syncRuns"]] == [first.run_id, second.run_id]
+    assert first.finished_wall is not None
+    assert second.started_wall is not None
+    assert first.finished_wall <= second.started_wall
+
+
+@pytest.mark.parametrize(("stops", "word", "syncs"), [(True, "failed", 1), (False, "done", 2)])
+def test_a_sequence_with_a_failed_sync(
+    box: Sandbox, both: None, hightouch: httpx.Client, stops: bool, word: str, syncs: int
+) -> None:
+    """A failed sync ends the sequence or not, as it is set up; not ended, it is `done` all the same."""
+    box.hightouch.settings.stop_sequences = stops
+    box.hightouch.set(101, outcome="fail")
+    reply = sequence_ended(hightouch, sequence(hightouch))
+    assert (reply["status"], len(reply["syncRuns"])) == (word, syncs)
+
+
+@pytest.mark.parametrize("queues", [True, False])
+def test_a_sequence_never_runs_beside_itself(
+    box: Sandbox, both: None, hightouch: httpx.Client, queues: bool
+) -> None:
+    """Triggers during a run give one queued run, or the run itself, as the workspace is set up."""
+    box.hightouch.settings.queue_sequences = queues
+    box.hightouch.set(101, outcome="stuck")
+    first, second, third = (sequence(hightouch) for _ in range(3))
+    assert (first != second == third) if queues else (first == second == third)
+    if queues:
+        assert hightouch.get(f"/sync-sequences/runs/{second}").json()["status"] == "pending"
+    until(lambda: {"n": len(box.hightouch.runs_of(101))}, lambda found: found["n"] == 1)
+    box.hightouch.set(101, outcome="succeed")
+    box.hightouch.finish_run(box.hightouch.runs_of(101)[0].run_id, "cancelled")
+    assert sequence_ended(hightouch, first)["status"] == "failed"
+    if queues:
+        assert sequence_ended(hightouch, second)["status"] == "done"
+
+
+def test_sequences_in_the_control_api(
+    box: Sandbox, both: None, hightouch: httpx.Client, control: httpx.Client
+) -> None:
+    """Over the control API a sequence is told how to behave, and its runs are read."""
+    changed = control.patch("/sequences/crm-then-braze", json={"outcome": "cancel", "times": 1}).json()
+    assert (changed["id"], changed["syncs"], changed["outcome"]) == ("7", [101, 102], "cancel")
+    run_id = sequence(hightouch)
+    assert sequence_ended(hightouch, run_id)["status"] == "cancelled"
+    (found,) = control.get("/sequences").json()["data"]
+    assert [run["id"] for run in found["runs"]] == [run_id]
+    assert control.patch("/sequences/nobody", json={}).status_code == 404
 
 
 def test_missing_table_fails_the_run(hightouch: httpx.Client) -> None:
