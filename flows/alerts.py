@@ -145,7 +145,7 @@ def _alarm(step: Step, level: Level) -> Alarm:
     what = {"transform": "build", "before": "step", "after": "step"}.get(step.kind, step.kind)
     return Alarm(
         key=step.key,
-        title=step.name if step.kind == "transform" else f"{step.tool} {step.name}",
+        title=f"{step.tool} {step.name}" if step.kind in ("sync", "activation") else step.name,
         what=f"{what} {step.state.value.lower()}",
         level=level,
         reason=step.message or "",

@@ -136,8 +136,10 @@ def _run_all(
 ) -> EltReport:
     """Syncs, transform and activations, each as far as what is before it went well."""
     jobs = run_each(syncs)
-    looked = look_at_gates(gates, jobs, transform, plan)
-    gate = Gate(plan, syncs, jobs, looked.findings)
+    gate = Gate(plan, syncs, jobs)
+    looked = look_at_gates(gates, jobs, transform, plan, gate.late_sources)
+    if looked.findings:
+        gate = Gate(plan, syncs, jobs, looked.findings)
     steps = [*steps_of(jobs), *looked.steps]
     nodes: list[DbtNode] = []
     if transform and plan:

@@ -53,10 +53,8 @@ class Gate:
             )
         shut = {(finding.vendor, finding.resource_id) for finding in self.findings}
         self.late = [job for job in self.outcomes if not job.good or (job.vendor, job.resource_id) in shut]
-        missing = set().union(*map(self.sources_of, self.late))
         for finding in self.findings:
-            # What did not land is old, too; once is enough.
-            if finding.vendor == SOURCE and finding.resource_id not in missing:
+            if finding.vendor == SOURCE:
                 self._sources[SOURCE, finding.resource_id] = {finding.resource_id}
                 self.late.append(_stale(finding))
         self.late_sources: set[str] = set().union(*map(self.sources_of, self.late))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,9 +53,14 @@ class Looked:
     steps: list[Step] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
 
-    def add_sources(self, gate: FreshnessGate, ages: Sequence[SourceAge], plan: DbtPlan) -> None:
-        """Take in how old the sources are that something selected is built on."""
-        above = plan.lineage.upstream(plan.selected)
+    def add_sources(
+        self, gate: FreshnessGate, ages: Sequence[SourceAge], plan: DbtPlan, missing: AbstractSet[str]
+    ) -> None:
+        """Take in how old the sources are that something selected is built on.
+
+        What did not land is old, too; that it did not land has been said.
+        """
+        above = plan.lineage.upstream(plan.selected) - missing
         ages = [age for age in ages if age.unique_id in above]
         found = [gate.finding(age) for age in ages if gate.shut_for(age)]
         for finding in found:
@@ -65,11 +71,22 @@ class Looked:
 
 
 def look_at_gates(
-    gates: Sequence[GateCheck], jobs: Sequence[JobResult], transform: Transform | None, plan: DbtPlan | None
+    gates: Sequence[GateCheck],
+    jobs: Sequence[JobResult],
+    transform: Transform | None,
+    plan: DbtPlan | None,
+    missing: AbstractSet[str] = frozenset(),
 ) -> Looked:
     """Look at all gates at the same time.
 
     A gate that could not be looked at stays shut for all that it is about.
+
+    Args:
+        gates: What is expected.
+        jobs: How the syncs ended.
+        transform: The dbt project.
+        plan: What is selected of it.
+        missing: The sources that did not land.
     """
     without_traceback(DbtError)
     looks: list[PrefectFuture[Any]] = [
@@ -83,7 +100,7 @@ def look_at_gates(
         answer: Any = look.result(raise_on_failure=False)
         if isinstance(gate, FreshnessGate) and plan and isinstance(answer, Freshness | SourcesStale):
             ages = (answer.result if isinstance(answer, SourcesStale) else answer).sources
-            looked.add_sources(gate, ages, plan)
+            looked.add_sources(gate, ages, plan, missing)
             continue
         found = answer if isinstance(answer, list) else _blind(gate, jobs, answer)
         for finding in found:
