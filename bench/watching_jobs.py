@@ -93,7 +93,7 @@ def _census(sandbox: Sandbox, jobs: int, seconds: float) -> Begun:
     return vendor, [_handle(vendor, each, census.trigger(each).run_id) for each in ids]
 
 
-_BEGIN: Mapping[str, Callable[[Sandbox, int, float], Begun]] = {
+BEGIN: Mapping[str, Callable[[Sandbox, int, float], Begun]] = {
     "airbyte": _airbyte("public"),
     "airbyte-config": _airbyte("config"),
     "fivetran": _fivetran,
@@ -123,7 +123,7 @@ async def watch(vendor: JobVendor[Any], handles: Sequence[JobHandle]) -> tuple[i
 def work(order: dict[str, Any]) -> tuple[float, dict[str, Any]]:
     """Begin the jobs at the tool itself, so that only the watching is counted."""
     with Sandbox(Path(order["state"]) / order["tool"], job_seconds=order["seconds"]) as sandbox:
-        vendor, handles = _BEGIN[order["tool"]](sandbox, order["jobs"], order["seconds"])
+        vendor, handles = BEGIN[order["tool"]](sandbox, order["jobs"], order["seconds"])
         began = time.perf_counter()
         succeeded, looks = asyncio.run(watch(vendor, handles))
         wall = time.perf_counter() - began

@@ -13,6 +13,13 @@ from bench.dbt_build import DbtCost
 from bench.fan_out import Case, FanOut
 from bench.measured import Measured
 from bench.table import as_markdown, as_text, dbt_section, fan_out_section
+from bench.watching_jobs import BEGIN, watch
+from sandbox import Sandbox
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
+
+__all__ = ["collected"]
+
+pytestmark = PREFECTS_SOCKETS
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,10 +46,28 @@ def test_bench_runs_both_ways_and_leaves_nothing_behind(prefect_server: str, tmp
     assert ended.returncode == 0, ended.stderr
     assert "5 syncs of 1 s, 5 at a time, ideal 1 s" in ended.stdout
     assert "plain:    1 token, 5 start, 0 list" in ended.stdout
+    assert "Requests to watch 20 jobs of 2 s, with a look each second" in ended.stdout
     assert "dbt build of 5 trivial models, each of 5 nodes a task run" in ended.stdout
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.no_server
+@pytest.mark.parametrize("tool", BEGIN)
+async def test_watching(tool: str, tmp_path: Path) -> None:
+    """Jobs are watched to their ends with a list a look, and not one by one where a tool has lists."""
+    jobs = 6
+    with Sandbox(tmp_path) as sandbox:
+        vendor, handles = BEGIN[tool](sandbox, jobs, 1.5)
+        succeeded, looks = await watch(vendor, handles)
+        requests = sandbox.requests.count()
+    assert succeeded == jobs
+    assert looks <= 4
+    a_look = jobs if tool == "census" else 1
+    each_end = jobs if tool == "hightouch" else 0
+    assert requests <= a_look * looks + each_end + 1  # a token, or a run that is read to make sure
+
+
+@pytest.mark.no_server
 def test_a_figure_over_its_target_is_said_to_be() -> None:
     """A target that is not met stands out, one that is met does not hide the plain way's figure."""
     case = Case(20, 10, 5.0, wall=14.0, requests=30)
@@ -59,6 +84,7 @@ def test_a_figure_over_its_target_is_said_to_be() -> None:
     assert rows["wall against the ideal"][-4:] == ["1.25", "x", "2.00", "x"]
 
 
+@pytest.mark.no_server
 def test_dbt_ratio_is_the_median_of_pairs() -> None:
     """One disturbed pair does not decide the ratio."""
     cost = DbtCost("a project", 7, ours=[12.0, 11.0, 40.0], plain=[10.0, 10.0, 10.0], measured=measured(40.0))
