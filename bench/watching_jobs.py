@@ -82,6 +82,7 @@ def _hightouch(sandbox: Sandbox, jobs: int, seconds: float) -> Begun:
         api_key=SecretStr(catalog.HIGHTOUCH_API_KEY), base_url=sandbox.hightouch_url
     )
     vendor, hightouch = HightouchVendor(credentials), sandbox.hightouch
+    hightouch.syncs.clear()  # those of the stage would be another page
     ids = hightouch.add_syncs(jobs, duration=seconds)
     return vendor, [_handle(vendor, each, hightouch.trigger(each).run_id) for each in ids]
 

@@ -64,6 +64,17 @@ def _tls() -> ssl.SSLContext:
     return httpx.create_ssl_context()
 
 
+def _limiter(requests: float, seconds: float) -> AsyncLimiter:
+    """A limiter that lets no more than so many requests through in any such time.
+
+    The library's own reading of the two figures is a bucket of `requests` that drains meanwhile: in the first
+    such time it lets twice as many through, which a vendor that counts refuses.
+    """
+    burst = max(1.0, requests * 0.2)
+    per_second = max(1.0, requests - burst) / seconds
+    return AsyncLimiter(burst, burst / per_second)
+
+
 class ApiClient:
     """An account's HTTP client: JSON in, typed documents out, errors as a small tree.
 
@@ -93,7 +104,7 @@ class ApiClient:
     ) -> None:
         self.vendor = vendor
         self._secrets = tuple(secret for secret in secrets if len(secret) > 3)
-        self._limiter = AsyncLimiter(*rate) if rate else None
+        self._limiter = _limiter(*rate) if rate else None
         self._retry_budget = retry_budget
         self._skew = timedelta(0)
         self._http = httpx.AsyncClient(

@@ -231,7 +231,7 @@ class Hightouch:
     def add_syncs(self, count: int, *, duration: float = 3.0, prefix: str = "synthetic") -> list[int]:
         """Add syncs that read no data, for benches, and return their ids."""
         with self.lock:
-            first = max(self.syncs) + 1
+            first = max(self.syncs, default=1000) + 1
             for number in range(first, first + count):
                 spec = catalog.SyncSpec(number, f"{prefix}-{number}", "", "id", "nowhere", "nobody")
                 self.syncs[number] = Sync(spec, SyncBehaviour(duration=duration))

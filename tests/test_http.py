@@ -408,6 +408,22 @@ async def test_the_rate_limit_holds(sandbox: Sandbox, airbyte: AirbyteServer) ->
     assert time.monotonic() - began >= 0.9
 
 
+async def test_the_rate_limit_holds_from_the_first_request(sandbox: Sandbox) -> None:
+    """No more than so many requests go out in any such time, the first one too: vendors count that way."""
+    sandbox.hightouch.settings.requests_per_10_seconds = None
+    client = ApiClient(
+        "Hightouch",
+        sandbox.hightouch_url,
+        headers={"Authorization": f"Bearer {catalog.HIGHTOUCH_API_KEY}"},
+        rate=(20, 1.0),
+    )
+    await asyncio.gather(*(client.get("/syncs", ANYTHING) for _ in range(50)))
+    await client.aclose()
+    times = [entry.time for entry in sandbox.requests.find()]
+    most = max(sum(start <= each < start + 0.95 for each in times) for start in times)
+    assert most <= 20
+
+
 async def test_a_client_is_shared_and_closed() -> None:
     """An account has one client while it has users; the last one closes it, even when cancelled."""
     made: list[ApiClient] = []
