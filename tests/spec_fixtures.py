@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,6 +105,37 @@ class Witness:
 
 def _text(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
     return {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in headers}
+
+
+def distinct(exchanges: Iterable[Exchange]) -> list[Exchange]:
+    """One each of those that look alike: the same kind of request, with replies of the same shape."""
+    alike = {
+        (
+            each.method,
+            re.sub(r"[^/]*\d[^/]*", "…", each.path),
+            each.status,
+            tuple(sorted(name for name, _ in each.query)),
+            _shape(each.body),
+            _shape(each.reply),
+        ): each
+        for each in exchanges
+    }
+    return list(alike.values())
+
+
+def _shape(body: bytes) -> str:
+    try:
+        return str(_types(json.loads(body)))
+    except ValueError:
+        return ""
+
+
+def _types(value: Any) -> Any:
+    if isinstance(value, dict):
+        return sorted((name, str(_types(inner))) for name, inner in value.items())
+    if isinstance(value, list):
+        return sorted({str(_types(inner)) for inner in value})
+    return type(value).__name__
 
 
 @contextmanager
