@@ -1,8 +1,8 @@
 """Whether a webhook was really sent by whom it says: the signatures of those vendors that sign.
 
 For whoever receives webhooks. The body must be the bytes as they came, before any parsing. Airbyte and
-Hightouch do not sign. Of these signatures only Slack's holds a time, so a caller must also remember what it has
-seen: `sync_id` and event of Fivetran, `eventId` of dbt Cloud, `sync_run_id` and event of Census, Slack's
+Hightouch do not sign. Of these signatures only Slack's holds a time, so a caller must also remember what it
+has seen: `sync_id` and event of Fivetran, `eventId` of dbt Cloud, `sync_run_id` and event of Census, Slack's
 signature.
 
 Vendor documentation:
