@@ -85,6 +85,23 @@ async def test_skipped_and_left(
     assert triggers(box) == 1
 
 
+async def test_what_had_ended_before_is_not_adopted(
+    box: Sandbox, credentials: CensusCredentials, earlier: str
+) -> None:
+    """A run that ended before ours was asked for has old data: it is not taken for the one that was going."""
+    box.census.set(SYNC, queued_seconds=0.5)
+    waiting = asyncio.create_task(run(credentials, on_active="adopt"))
+    await until(lambda: len(run_ids(box)) == 2)
+    box.census.set(SYNC, queued_seconds=0.0)
+    (old, _) = box.census.runs_of(SYNC)
+    box.census.finish_run(old.run_id, "completed")
+    old.created -= 100
+    old.timeline.started_wall -= 100
+    result = await waiting
+    assert words(box) == ["completed", "skipped", "completed"]
+    assert result.job_id == run_ids(box)[2]
+
+
 async def test_skipped_again_and_again(box: Sandbox, credentials: CensusCredentials) -> None:
     """Behind runs that never leave room, waiting ends with the timeout; theirs is not touched."""
     box.census.set(SYNC, outcome="stuck", duration=0.1)
