@@ -62,6 +62,7 @@ def box(sandbox: Sandbox) -> Iterator[Sandbox]:
         for spec in catalog.SYNCS:
             warehouse.sql("SELECT range AS n FROM range(10)").create(spec.table)
             sandbox.hightouch.set(spec.sync_id, duration=0.1)
+    sandbox.hightouch.settings.requests_per_10_seconds = None
     return sandbox
 
 
@@ -71,6 +72,7 @@ def credentials(box: Sandbox) -> HightouchCredentials:
         api_key=SecretStr(catalog.HIGHTOUCH_API_KEY),
         base_url=box.hightouch_url,
         app_url=f"{box.url}/hightouch",
+        requests_per_10_seconds=10_000,
     )
 
 
