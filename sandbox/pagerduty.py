@@ -114,8 +114,9 @@ class PagerDuty:
         self._lock = threading.Lock()
 
     def open_of(self, service: str | None = None) -> list[Alert]:
-        """The alerts that are not resolved, of one service or of all."""
-        return [a for a in self.alerts if a.state != "resolved" and service in (None, a.service)]
+        """The alerts that are not resolved, by key: those of one run arrive in any order."""
+        found = [a for a in self.alerts if a.state != "resolved" and service in (None, a.service)]
+        return sorted(found, key=lambda alert: alert.dedup_key)
 
     def resolve_by_hand(self, dedup_key: str) -> None:
         """What a person does in PagerDuty's app.

@@ -249,8 +249,9 @@ async def test_rescheduled_without_a_schedule(desk: Desk) -> None:
 async def test_rescheduled_again_and_again(desk: Desk) -> None:
     """Each time that it is put off it is triggered again at the new time, until the deadline, no longer."""
     desk.behave(outcome="reschedule", rescheduled_seconds=0.2, duration=0.05, schedule_type="manual")
-    with pytest.raises(JobTimeout, match="did not end in 4 s"):
-        await desk.run(timeout=4)
+    # The vendor's clock counts whole seconds, so being put off and triggered again takes up to two.
+    with pytest.raises(JobTimeout, match="did not end in 8 s"):
+        await desk.run(timeout=8)
     asked = len(desk.posts)
     assert asked >= 3
     await asyncio.sleep(0.5)
