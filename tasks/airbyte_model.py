@@ -7,8 +7,6 @@ from typing import Annotated, Any, Literal
 from uuid import UUID
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
@@ -20,7 +18,7 @@ from pydantic import (
 from blocks.airbyte import AirbyteServer
 from blocks.airbyte_model import Connection
 from blocks.reference import stored_block
-from tasks.jobs import JobPolicy, tool_required
+from tasks.jobs import JobPolicy, ToolParameters
 
 ServerRef = Annotated[
     AirbyteServer | str,
@@ -37,12 +35,7 @@ Before = Annotated[
 ]
 
 
-class _OnServer(BaseModel):
-    # pydantic's errors quote what they were given, and a server may be given with its secret.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
-
+class _OnServer(ToolParameters):
     server: ServerRef = Field(title="Server")
 
     @field_serializer("server", mode="wrap")

@@ -21,12 +21,12 @@ from prefect.client.schemas.objects import State
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 from prefect.states import Completed
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from blocks.http import VendorError
 from blocks.reference import BlockNotFound, block_name
 from tasks.incidents import SEVERAL, Alarm, Bulletin, Change, Happened, compare
-from tasks.jobs import tool_required, without_traceback
+from tasks.jobs import ToolParameters, without_traceback
 from tasks.memory import Memory, variable_memory
 
 PATIENCE = 20.0
@@ -69,13 +69,8 @@ class Notifier(Protocol):
         """
 
 
-class NotifyParameters(BaseModel):
+class NotifyParameters(ToolParameters):
     """Who is told of what went wrong, and that it is well again."""
-
-    # pydantic's errors quote what they were given, and that may be a URL or a key.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
 
     pipeline: str = Field(
         default="",

@@ -16,8 +16,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
@@ -41,10 +39,10 @@ from tasks.jobs import (
     JobStatus,
     Sweep,
     Tool,
+    ToolParameters,
     result_of,
     run_job,
     tag_run,
-    tool_required,
     without_traceback,
 )
 
@@ -69,13 +67,8 @@ CredentialsRef = Annotated[
 ]
 
 
-class CensusSync(BaseModel):
+class CensusSync(ToolParameters):
     """A run of one sync, as a flow takes it."""
-
-    # pydantic's errors quote what they were given, and credentials may be given with their key.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
 
     tool: Literal["census"] = "census"
     credentials: CredentialsRef = Field(title="Credentials")

@@ -5,8 +5,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     field_serializer,
@@ -16,16 +14,11 @@ from pydantic import (
 
 from blocks.dbtcloud import CredentialsRef, Overrides
 from blocks.reference import stored_block
-from tasks.jobs import JobPolicy, tool_required
+from tasks.jobs import JobPolicy, ToolParameters
 
 
-class DbtCloud(BaseModel):
+class DbtCloud(ToolParameters):
     """A dbt Cloud job and how to run it: a flow parameter, a form in the UI, a line in a deployment."""
-
-    # pydantic's errors quote what they were given, and credentials may be given with their key.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
 
     tool: Literal["dbt-cloud"] = "dbt-cloud"
     credentials: CredentialsRef = Field(title="Credentials")

@@ -16,8 +16,6 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from pydantic import (
     AwareDatetime,
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
@@ -46,9 +44,9 @@ from tasks.jobs import (
     JobState,
     JobStatus,
     Tool,
+    ToolParameters,
     run_job,
     tag_run,
-    tool_required,
     wait_for_job,
     watcher_for,
     without_traceback,
@@ -81,13 +79,8 @@ ConnectionId = Annotated[
 ]
 
 
-class FivetranSync(BaseModel):
+class FivetranSync(ToolParameters):
     """A sync of one connection, as a flow takes it."""
-
-    # pydantic's errors quote what they were given, and credentials may be given with their secret.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
 
     tool: Literal["fivetran"] = "fivetran"
     credentials: CredentialsRef = Field(title="Credentials")

@@ -29,19 +29,14 @@ from sqlalchemy.exc import SQLAlchemyError
 from blocks.reference import block_name, load_block
 from tasks.dbt.freshness import SourceAge
 from tasks.dbt.model import DbtState
-from tasks.jobs import JobResult, JobState, tool_required, without_traceback
+from tasks.jobs import JobResult, JobState, ToolParameters, without_traceback
 from tasks.jobs.history import Resource, rows_of_earlier_runs
 
 SOURCE = "dbt-source"
 """Stands for the vendor of a finding about a dbt source, which nobody but dbt knows of."""
 
 
-class _Gate(BaseModel):
-    # pydantic's errors quote what they were given, and a database may be given with its password.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
-
+class _Gate(ToolParameters):
     tool: str
     name: str = Field(default="", title="Name", description="For people; what is expected by default.")
     connections: list[str] = Field(

@@ -14,8 +14,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
@@ -34,10 +32,10 @@ from tasks.jobs import (
     JobPolicy,
     JobResult,
     Tool,
+    ToolParameters,
     result_of,
     run_job,
     tag_run,
-    tool_required,
     without_traceback,
 )
 
@@ -48,13 +46,8 @@ CredentialsRef = Annotated[
 ]
 
 
-class HightouchSync(BaseModel):
+class HightouchSync(ToolParameters):
     """A run of one sync, as a flow takes it."""
-
-    # pydantic's errors quote what they were given, and credentials may be given with their key.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
 
     tool: Literal["hightouch"] = "hightouch"
     credentials: CredentialsRef = Field(title="Credentials")
@@ -91,11 +84,8 @@ class HightouchSync(BaseModel):
         return self.name or self.sync_id
 
 
-class HightouchSequence(BaseModel):
+class HightouchSequence(ToolParameters):
     """A run of one sync sequence, as a flow takes it."""
-
-    # pydantic's errors quote what they were given, and credentials may be given with their key.
-    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
     tool: Literal["hightouch-sequence"] = "hightouch-sequence"
     credentials: CredentialsRef = Field(title="Credentials")

@@ -9,8 +9,6 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
     StrictBool,
@@ -31,9 +29,9 @@ from tasks.jobs import (
     JobPolicy,
     JobResult,
     Tool,
+    ToolParameters,
     run_job,
     tag_run,
-    tool_required,
     without_traceback,
 )
 
@@ -44,13 +42,8 @@ JobRef = Annotated[
 ]
 
 
-class HttpJobRun(BaseModel):
+class HttpJobRun(ToolParameters):
     """A run of a declared job, as a flow takes it."""
-
-    # pydantic's errors quote what they were given, and a job may be given with its credentials.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
 
     tool: Literal["http-job"] = "http-job"
     job: JobRef = Field(title="Job")

@@ -21,8 +21,6 @@ from prefect_shell import ShellOperation
 from prefect_shell.commands import ShellProcess
 from prefect_sqlalchemy import SqlAlchemyConnector
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     WithJsonSchema,
     field_serializer,
@@ -32,19 +30,14 @@ from pydantic import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from blocks.reference import block_name, load_block
-from tasks.jobs import InputError, JobFailed, JobResult, JobState, tool_required, without_traceback
+from tasks.jobs import InputError, JobFailed, JobResult, JobState, ToolParameters, without_traceback
 
 _STOP_PATIENCE = 5.0  # seconds for commands to end when they are told to; then they are killed
 _LONGEST_MESSAGE = 300
 
 
-class _Step(BaseModel):
+class _Step(ToolParameters):
     """What every step has."""
-
-    # pydantic's errors quote what they were given, and a database may be given with its password.
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=tool_required
-    )
 
     name: str = Field(default="", title="Name", description="For people; what it does by default.")
     owner: str | None = Field(default=None, title="Owner", description="Who is told of a failure.")

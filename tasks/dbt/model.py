@@ -22,7 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tasks.dbt.lineage import Lineage
-from tasks.jobs import tool_required
+from tasks.jobs import ToolParameters
 
 Command = Literal["build", "run", "test", "seed", "snapshot"]
 
@@ -36,10 +36,11 @@ COMMAND_TYPES: dict[str, frozenset[str]] = {
 NEVER_RUN = frozenset({"source", "exposure", "metric", "semantic_model", "analysis"})
 
 
-class DbtCore(BaseModel):
+class DbtCore(ToolParameters):
     """A dbt Core project and how to run it: a flow parameter, a form in the UI, a line in a deployment."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", json_schema_extra=tool_required)
+    # It holds no block; what was written wrong may be shown.
+    model_config = ConfigDict(hide_input_in_errors=False)
 
     tool: Literal["dbt-core"] = "dbt-core"
     project_dir: Path = Field(description="Folder that holds dbt_project.yml.")

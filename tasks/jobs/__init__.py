@@ -24,7 +24,7 @@ from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
 from tasks.jobs.sweep import Sweep
 from tasks.jobs.tags import tag_run
-from tasks.jobs.tool import Checked, Parameters, Request, Tool, tool_required
+from tasks.jobs.tool import Checked, Parameters, Request, Tool, ToolParameters
 from tasks.jobs.watcher import JobWatcher, watcher_for
 
 __all__ = [
@@ -54,6 +54,7 @@ __all__ = [
     "StreamResult",
     "Sweep",
     "Tool",
+    "ToolParameters",
     "at_loop_exit",
     "cancel_job",
     "current_interrupt",
@@ -62,7 +63,6 @@ __all__ = [
     "result_of",
     "run_job",
     "tag_run",
-    "tool_required",
     "wait_for_job",
     "watcher_for",
     "without_traceback",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from prefect import Task
+from pydantic import BaseModel, ConfigDict
 
 from tasks.jobs.model import JobPolicy, JobResult, JobVendor
 
@@ -39,13 +40,22 @@ class Parameters(Request, Protocol):
         """How long to wait, and what the less clear ends mean."""
 
 
-def tool_required(schema: dict[str, Any]) -> None:
-    """For the `json_schema_extra` of parameters: `tool` has a default in Python and none in JSON.
+def _tool_required(schema: dict[str, Any]) -> None:
+    """`tool` has a default in Python and none in JSON.
 
     A server judges parameters by their schema alone, and where `tool` is left out it takes one tool's for
     another's.
     """
     schema["required"] = ["tool", *(name for name in schema.get("required", ()) if name != "tool")]
+
+
+class ToolParameters(BaseModel):
+    """What a flow takes for one tool, told apart from the others' by its `tool`."""
+
+    # pydantic's errors quote what they were given, and that may be a block with its secret.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", hide_input_in_errors=True, json_schema_extra=_tool_required
+    )
 
 
 P = TypeVar("P", bound=Parameters, covariant=True)
