@@ -142,7 +142,7 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
         "name": pipeline.name,
         "entrypoint": base["entrypoint"],
         "description": _description(pipeline, syncs, models),
-        "tags": ["elt", "pipeline", *([pipeline.owner] if pipeline.owner else [])],
+        "tags": ["elt", "pipeline", *([f"owner:{pipeline.owner}"] if pipeline.owner else [])],
         "work_pool": base["work_pool"],
         "concurrency_limit": base["concurrency_limit"],
     }

@@ -98,7 +98,7 @@ def test_an_exposure() -> None:
     }
     assert [activation["sync_id"] for activation in parameters["activations"]] == ["1"]
     assert entry["schedules"] == [{"slug": "declared", "cron": "0 7 * * *", "timezone": "UTC"}]
-    assert "finance" in entry["tags"]
+    assert "owner:finance" in entry["tags"]
 
 
 def test_a_tag() -> None:

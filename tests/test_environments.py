@@ -1,0 +1,168 @@
+"""Environments and entries: what a file says, and what an environment makes of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deployments.entries import Entry, read_entries
+from deployments.environments import (
+    DeployError,
+    Environments,
+    branch_slug,
+    environment,
+    read_environments,
+)
+
+pytestmark = pytest.mark.no_server
+
+ENTRY: dict[str, Any] = {
+    "name": "daily",
+    "entrypoint": "flows.transform.build_project",
+    "tags": ["dbt", "owner:flight-ops"],
+    "work_pool": {"name": "elt", "job_variables": {"env": {"TZ": "UTC"}}},
+    "triggers": [{"name": "when asked", "type": "event", "expect": ["a"]}],
+    "once_triggers": [{"name": "when it came", "expect": ["b"]}],
+    "parameters": {"dbt": {"tool": "dbt-core", "project_dir": "sandbox/dbt"}, "notify": [{"tool": "slack"}]},
+}
+
+
+def entry(**fields: Any) -> Entry:
+    return Entry.model_validate({**ENTRY, **fields})
+
+
+def environments(**fields: Any) -> Environments:
+    return Environments.model_validate({"default": "prod", "environments": {"prod": {}}, **fields})
+
+
+def test_the_default_is_the_file_as_it_is() -> None:
+    """Without a name it is the file's own environment, in which only a mark is added."""
+    prod = environment()
+    assert (prod.prefix, prod.variables, prod.schedules, prod.triggers) == ("", {}, True, True)
+    before = entry()
+    after = before.within(prod)
+    assert after.tags == [*before.tags, "env:prod"]
+    assert after.model_dump(exclude={"tags"}) == before.model_dump(exclude={"tags"})
+
+
+def test_what_an_environment_changes() -> None:
+    """Name, pool, variables and parameters are the environment's, and nothing is given to who doesn't ask."""
+    dev = {
+        "prefix": "dev.",
+        "schema": "dev",
+        "env": {"REGION": "eu"},
+        "work_pool": "small",
+        "parameters": {"notify": [], "activations": []},
+    }
+    here = environments(environments={"prod": {}, "dev": dev}).named("dev")
+    found = entry().within(here)
+    assert found.full_name == "dbt-build/dev.daily" == here.deployment_name("dbt-build/daily")
+    assert found.work_pool.name == "small"
+    assert found.work_pool.job_variables == {"env": {"TZ": "UTC", "REGION": "eu", "ELT_SCHEMA": "dev"}}
+    assert found.parameters["notify"] == []
+    assert "activations" not in found.parameters
+    assert found.owner == "flight-ops"
+    assert [trigger["name"] for trigger in found.triggers] == ["dev.when asked"]
+    assert [trigger["name"] for trigger in found.once_triggers] == ["dev.when it came"]
+
+
+def test_a_branch() -> None:
+    """A branch has its own names, mark and schema, and no event starts anything of it."""
+    here = read_environments().of_branch("feature/New_Mart")
+    found = entry().within(here)
+    assert found.name == "feature-new-mart.daily"
+    assert found.tags[-1] == "branch:feature-new-mart"
+    assert found.work_pool.job_variables["env"]["ELT_SCHEMA"] == "feature_new_mart"
+    assert (here.schedules, here.triggers, found.once_triggers) == (False, False, [])
+
+
+@pytest.mark.parametrize(
+    ("branch", "slug"),
+    [
+        ("my-feature", "my-feature"),
+        ("Feature/ABC_12", "feature-abc-12"),
+        ("a" * 40, "a" * 25 + "-"),
+        ("a" * 39 + "b", "a" * 25 + "-"),
+    ],
+)
+def test_slugs(branch: str, slug: str) -> None:
+    """A branch's name becomes one that fits a deployment and a schema."""
+    assert branch_slug(branch).startswith(slug)
+    assert len(branch_slug(branch)) <= 32
+
+
+def test_long_branches_are_told_apart() -> None:
+    """Two branches whose names begin alike are two."""
+    assert branch_slug("a" * 40) != branch_slug("a" * 39 + "b")
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"default": "live"}, "the default is 'live', which is none of the environments"),
+        ({"environments": {"prod": {}, "dev": {}}}, "two environments have the same prefix"),
+        ({"environments": {"prod": {"schedule": False}}}, "environments.prod.schedule: Extra"),
+        (
+            {"environments": {"prod": {"schema": "my-schema"}}},
+            "environments.prod.schema: String should match",
+        ),
+        ({"environments": {"prod": {"prefix": "a/"}}}, "environments.prod.prefix: String should match"),
+    ],
+)
+def test_environments_that_make_no_sense(fields: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """A mistake in the file is named with its place."""
+    file = tmp_path / "environments.yaml"
+    file.write_text(yaml.safe_dump({"default": "prod", "environments": {"prod": {}}, **fields}))
+    with pytest.raises(DeployError, match=says):
+        read_environments(file)
+
+
+def test_names_that_are_not_there() -> None:
+    """An unknown environment, and a branch that would be taken for one, are refused."""
+    with pytest.raises(DeployError, match=r"no environment 'live'; environments\.yaml has prod, dev"):
+        environment("live")
+    with pytest.raises(DeployError, match="'Dev' would be taken for the environment dev"):
+        environment(branch="Dev")
+    with pytest.raises(DeployError, match="name one"):
+        environment("dev", "my-feature")
+    with pytest.raises(DeployError, match="no name can be made"):
+        environment(branch="//")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"scheduls": []}, "deployments.daily.scheduls: Extra inputs are not permitted"),
+        ({"work_pool": None}, "deployments.daily.work_pool: Input should be"),
+        ({"schedules": [{"cron": "0 6 * * *"}]}, "deployments.daily.schedules.0.slug: Field required"),
+        ({"concurrency_limit": {"limit": 0}}, "deployments.daily.concurrency_limit.limit: Input should be"),
+    ],
+)
+def test_entries_that_make_no_sense(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    """What `prefect deploy` would pass over in silence is an error, with the deployment's name."""
+    with pytest.raises(DeployError, match=says):
+        read_entries(_file(tmp_path, {**ENTRY, **change}))
+
+
+def test_two_of_one_name(tmp_path: Path) -> None:
+    """A name that stands for two deployments is refused, across files too."""
+    with pytest.raises(DeployError, match="two deployments are called daily"):
+        read_entries(_file(tmp_path, ENTRY), _file(tmp_path, ENTRY, name="other.yaml"))
+
+
+def test_entrypoints_that_do_not_import(tmp_path: Path) -> None:
+    """`prefect deploy` takes an entrypoint that can't be imported; here it is an error with the cause."""
+    with pytest.raises(DeployError, match=r"daily: flows\.nowhere\.flow can't be imported: ModuleNotFound"):
+        _ = entry(entrypoint="flows.nowhere.flow").flow
+    with pytest.raises(DeployError, match=r"daily: flows\.elt\.Gate is no flow"):
+        _ = entry(entrypoint="flows.elt.Gate").flow
+
+
+def _file(folder: Path, *entries: dict[str, Any], name: str = "prefect.yaml") -> Path:
+    file = folder / name
+    pull = [{"deployments.steps.change_to_repository": {}}]
+    file.write_text(yaml.safe_dump({"name": "elt", "pull": pull, "deployments": list(entries)}))
+    return file
