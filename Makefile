@@ -2,6 +2,7 @@
 #
 #   make demo [FAIL=weather] [RESUME=1]   the main job once, on real flights
 #   make ui                               the Prefect UI and the sandbox, until Ctrl-C
+#   make server [ARGS="--port 4300"]      a Prefect server on PostgreSQL, until Ctrl-C
 #   make test [ARGS="-k journal"]         the tests, on all cores
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
@@ -14,7 +15,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
 
-.PHONY: setup demo ui test lint types check check-dbt docs pipelines bench clean
+.PHONY: setup demo ui server test lint types check check-dbt docs pipelines bench clean
 
 setup: $(READY)
 
@@ -33,6 +34,9 @@ demo: $(READY)
 
 ui: $(READY)
 	@$(BIN)/python -m sandbox ui --state $(STATE)
+
+server: $(READY)
+	@$(BIN)/python -m deployments.server --data $(STATE)/server $(ARGS)
 
 # A worker per core, each with a Prefect server of its own, so no more than four. ARGS=-n0 for none.
 test: $(READY)

@@ -15,14 +15,10 @@ from typing import Any
 import httpx
 import psutil  # type: ignore[import-untyped]
 
+from deployments.server import SERVER_SETTINGS, free_port
 from sandbox import catalog
-from sandbox.stage import RECORDER_SETTINGS, free_port
 
 ROOT = Path(__file__).resolve().parent.parent
-_SERVER = {
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    **RECORDER_SETTINGS,
-}
 
 
 class BenchError(Exception):
@@ -74,7 +70,7 @@ class Stage:
 
     def spawn(self, arguments: list[str], name: str, **more: str) -> subprocess.Popen[bytes]:
         """Start Python with these arguments; what it prints goes into `<name>.log`."""
-        extra = _SERVER if name == "prefect-server" else {}
+        extra = SERVER_SETTINGS if name == "prefect-server" else {}
         with (self.folder / f"{name}.log").open("wb") as log:
             return subprocess.Popen(  # noqa: S603 - our own modules
                 [sys.executable, *arguments],

@@ -8,6 +8,7 @@ import sys
 import threading
 from pathlib import Path
 
+from deployments.server import ServerError
 from sandbox.demo import add_commands
 from sandbox.guide import guide
 from sandbox.server import Sandbox
@@ -20,7 +21,11 @@ def main(argv: list[str] | None = None) -> int:
     _add_serve(commands)
     add_commands(commands)
     args = parser.parse_args((sys.argv[1:] if argv is None else argv) or ["serve"])
-    code: int = args.run(args)
+    try:
+        code: int = args.run(args)
+    except ServerError as error:
+        print(error, file=sys.stderr)
+        return 1
     return code
 
 

@@ -7,126 +7,18 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
+from deployments.server.local import LocalServer, answers, free_port
 from sandbox import catalog
-from sandbox.server import HOST, Sandbox
+from sandbox.server import Sandbox
 
 PREFECT_PORT = 4210
 SANDBOX_PORT = 8010
-_START_SECONDS = 90.0
-RECORDER_SETTINGS = {
-    # One at a time, the default, the recorder is seconds behind with the task runs of a fan-out, and takes
-    # five times the CPU.
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_READ_BATCH_SIZE": "100",
-    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
-}
-
-
-def free_port(preferred: int = 0) -> int:
-    """The preferred port if nobody has it, so that links keep working from run to run; else a free one."""
-    for port in (preferred, 0):
-        with socket.socket() as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((HOST, port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise OSError("no free port on 127.0.0.1")
-
-
-class PrefectServer:
-    """A Prefect server as a child process: a context manager that starts and stops it.
-
-    Args:
-        home: Its PREFECT_HOME: database, logs, results.
-        port: Where it listens on 127.0.0.1.
-
-    Raises:
-        RuntimeError: It does not answer in time; its log's place is in the message.
-    """
-
-    def __init__(self, home: Path, port: int) -> None:
-        self.home = home.absolute()
-        self.url = f"http://{HOST}:{port}"
-        self.api_url = f"{self.url}/api"
-        self._port = port
-        self._process: subprocess.Popen[bytes] | None = None
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What a process needs to use this server."""
-        return {
-            "PREFECT_HOME": str(self.home),
-            "PREFECT_API_URL": self.api_url,
-            "PREFECT_UI_URL": self.url,
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-            "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "false",
-            "DO_NOT_TRACK": "1",
-        }
-
-    def __enter__(self) -> Self:
-        self.home.mkdir(parents=True, exist_ok=True)
-        log = self.home / "server.log"
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
-                [
-                    sys.executable,
-                    "-m",
-                    "prefect",
-                    "server",
-                    "start",
-                    "--host",
-                    HOST,
-                    "--port",
-                    str(self._port),
-                ],
-                # The UI asks this address; it would ask port 4200 otherwise.
-                env={
-                    **os.environ,
-                    **self.environment,
-                    **RECORDER_SETTINGS,
-                    "PREFECT_UI_API_URL": self.api_url,
-                    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
-                },
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                # Its own group: a Ctrl-C in the terminal is for us, and we stop it when all is written.
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + _START_SECONDS
-        while not _answers(f"{self.api_url}/health"):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                self.__exit__(None, None, None)
-                raise RuntimeError(f"The Prefect server did not start; {log} says why.")
-            time.sleep(0.1)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._process is None:
-            return
-        self._process.terminate()
-        try:
-            self._process.wait(15)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
 
 
 class Stage:
@@ -142,7 +34,7 @@ class Stage:
         self.warehouse = self.state / "warehouse.duckdb"
         self._note = self.state / "stage.json"
         self._job_seconds = job_seconds
-        self._server: PrefectServer | None = None
+        self._server: LocalServer | None = None
         self._sandbox: Sandbox | None = None
         self.prefect_url = ""
         self.sandbox_url = ""
@@ -158,15 +50,15 @@ class Stage:
             self._sandbox = Sandbox(
                 self.state, free_port(SANDBOX_PORT), self.warehouse, job_seconds=self._job_seconds
             ).start()
-            server = PrefectServer(self.state / "prefect", free_port(PREFECT_PORT))
+            server = LocalServer(self.state / "prefect", free_port(PREFECT_PORT))
             try:
-                self._server = server.__enter__()
+                self._server = server.start()
             except BaseException:
                 self._sandbox.stop()
                 raise
             self.prefect_url, self.sandbox_url = server.url, self._sandbox.url
             self._note.write_text(json.dumps({"prefect": self.prefect_url, "sandbox": self.sandbox_url}))
-        os.environ.update(PrefectServer(self.state / "prefect", _port(self.prefect_url)).environment)
+        os.environ.update(LocalServer(self.state / "prefect", _port(self.prefect_url)).environment)
         os.environ["ELT_WAREHOUSE"] = str(self.warehouse)
         return self
 
@@ -180,7 +72,7 @@ class Stage:
             return
         self._note.unlink(missing_ok=True)
         if self._server:
-            self._server.__exit__(kind, error, trace)
+            self._server.stop()
         if self._sandbox:
             self._sandbox.stop()
 
@@ -190,7 +82,7 @@ class Stage:
             prefect, sandbox = str(note["prefect"]), str(note["sandbox"])
         except (OSError, ValueError, KeyError):
             return False
-        if not (_answers(f"{prefect}/api/health") and _answers(f"{sandbox}/_sandbox/")):
+        if not (answers(f"{prefect}/api/health") and answers(f"{sandbox}/_sandbox/")):
             return False
         self.prefect_url, self.sandbox_url = prefect, sandbox
         return True
@@ -279,10 +171,3 @@ class Stage:
 
 def _port(url: str) -> int:
     return httpx.URL(url).port or 80
-
-
-def _answers(url: str) -> bool:
-    try:
-        return httpx.get(url, timeout=2).is_success
-    except httpx.HTTPError:
-        return False

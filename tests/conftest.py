@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import httpx
 import pytest
 
-from sandbox.stage import RECORDER_SETTINGS, free_port  # imports no prefect
+from deployments.server import LocalServer, ServerError, free_port  # imports no prefect
 
 if TYPE_CHECKING:
     from blocks import AirbyteServer
@@ -22,7 +18,7 @@ if TYPE_CHECKING:
 
 # Set before prefect is imported: its settings are read once.
 _HOME = tempfile.mkdtemp(prefix="elt-flows-tests-")
-
+Path(_HOME).chmod(0o755)  # started by root, PostgreSQL runs as another user, who has to enter it
 
 _PORT = free_port()
 API_URL = f"http://127.0.0.1:{_PORT}/api"
@@ -48,46 +44,17 @@ def _served(request: pytest.FixtureRequest) -> None:
 @pytest.fixture(scope="session")
 def prefect_server() -> Iterator[str]:
     """The API's address. The ephemeral server would lose task runs and start anew for every process."""
-    log = Path(_HOME, "server.log").open("wb")  # noqa: SIM115 - closed below, with the server
-    command = [
-        sys.executable,
-        "-m",
-        "prefect",
-        "server",
-        "start",
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(_PORT),
-    ]
-    server = subprocess.Popen(  # noqa: S603
-        [*command, "--log-level", "WARNING"],
-        env={**os.environ, **RECORDER_SETTINGS},
-        stdout=log,
-        stderr=subprocess.STDOUT,
-    )
     try:
-        deadline = time.monotonic() + 150  # a busy machine with a server per core takes its time
-        while True:
-            if server.poll() is not None or time.monotonic() > deadline:
-                pytest.exit(f"the Prefect server did not start:\n{Path(_HOME, 'server.log').read_text()}", 3)
-            try:
-                if httpx.get(f"{API_URL}/health", timeout=2).is_success:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.2)
-        yield API_URL
+        server = LocalServer(Path(_HOME), _PORT, durable=False).start()
+    except ServerError as error:
+        pytest.exit(str(error), 3)
+    try:
+        yield server.api_url
         # What is still on its way to the server would complain that there is none.
         APILogHandler().flush()
         EventsWorker.drain_all()
     finally:
-        server.terminate()
-        try:
-            server.wait(15)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait(5)
-        log.close()
+        server.stop()
 
 
 @pytest.fixture

