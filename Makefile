@@ -6,6 +6,7 @@
 #   make test [ARGS="-k journal"]         the tests, on all cores
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
+#   make automations [ARGS=--check]       deployments/automations.yaml onto the server of PREFECT_API_URL
 #   make docs                             the dbt project's own site
 #   make lint types check bench
 
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
 
-.PHONY: setup demo ui server test lint types check check-dbt docs pipelines bench clean
+.PHONY: setup demo ui server test lint types check check-dbt docs pipelines automations bench clean
 
 setup: $(READY)
 
@@ -56,6 +57,9 @@ check-dbt: $(READY)
 
 pipelines: $(READY)
 	@$(BIN)/python -m deployments.pipelines $(ARGS)
+
+automations: $(READY)
+	@$(BIN)/python -m deployments.automations $(ARGS)
 
 # With the columns of the demo's warehouse, once there is one.
 docs: $(READY)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture
 from prefect.logging.loggers import flow_run_logger
 from prefect.runtime import deployment, flow_run
@@ -18,13 +19,15 @@ from pydantic import TypeAdapter, ValidationError
 from flows.fan_out import submit
 from flows.parameters import Notify, NotifyList
 from flows.report import EltReport, Report, Step, node_key
-from tasks.alerts import announce, notify_check, tell
+from tasks.alerts import Log, announce, notify_check, tell
 from tasks.dbt.model import DbtNode, DbtState
-from tasks.incidents import RUN, Alarm, Bulletin, Level
+from tasks.incidents import OF_RUNS, RUN, Alarm, Bulletin, Level
+from tasks.jobs import read_entries
 
 _NOTIFY: TypeAdapter[list[Notify]] = TypeAdapter(NotifyList)
 _BAD = (DbtState.FAIL, DbtState.ERROR)
 _WELL = (DbtState.SUCCESS, DbtState.WARN)
+_JOBS = 5  # that are named in an alert
 
 # Occasions of which this process has told: `on_failure` hooks run in it, and have nothing to add.
 _told: set[str] = set()
@@ -52,17 +55,16 @@ class Telling:
 
     def ended(self, report: Report) -> None:
         """Tell how the run went."""
-        self._tell(bulletin(report, pipeline=_pipeline(), occasion=_occasion()))
+        self._tell(bulletin(report, **_here()))
 
     def refused(self, error: Exception) -> None:
         """Tell that the run could not begin, and why."""
         self._tell(
             Bulletin(
-                pipeline=_pipeline(),
                 run=flow_run.name or "",
                 run_url=flow_run.ui_url,
-                occasion=_occasion(),
-                alarms=[died("could not begin", str(error))],
+                alarms=[died("could not begin", str(error), owner=_owner(flow_run.tags))],
+                **_here(),
             )
         )
 
@@ -79,33 +81,129 @@ async def tell_of_end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]
     It works in any process: who is told stands in the run's parameters. A run that has told how it went
     itself is passed over.
     """
-    occasion = f"{flow_run.id}:{flow_run.run_count}"
+    occasion = occasion_of(flow_run)
     if occasion in _told:
         return
     log = flow_run_logger(flow_run, flow)
+    await tell_of_run(flow_run, how(state), state.message or "", log, flow_name=flow.name)
+
+
+async def tell_of_run(
+    run: FlowRun,
+    what: str,
+    reason: str,
+    log: Log,
+    *,
+    key: str = RUN,
+    level: Level = "refused",
+    flow_name: str | None = None,
+    otherwise: Sequence[Notify] = (),
+) -> bool:
+    """Tell of a run from outside of it, as it would itself: to the same people, as the same incident.
+
+    Its next run that goes well ends the incident, and so does the run itself if it is rescued.
+
+    Args:
+        run: The flow run, of any flow.
+        what: What happened to it: `crashed`.
+        reason: Why. What its jobs at the vendors are doing is added.
+        log: Where it is said what could not be told.
+        key: What is wrong, where it is not that the run is dead.
+        level: How bad it is.
+        flow_name: The flow's name, where it is known.
+        otherwise: Who is told if the run's parameters name nobody.
+
+    Returns:
+        Whether all was told that was to be, and there was somebody to tell.
+    """
     try:
-        notify = _NOTIFY.validate_python(flow_run.parameters.get("notify"))
+        notify = _NOTIFY.validate_python(run.parameters.get("notify")) or list(otherwise)
     except ValidationError:
-        log.warning("Nobody is told that the run %s: its parameter `notify` can't be read", _how(state))
-        return
+        nobody = "Its own people are not told" if otherwise else "Nobody is told"
+        log.warning("%s that the run %s: its parameter `notify` can't be read", nobody, what)
+        notify = list(otherwise)
     if not notify:
-        return
-    told = Bulletin(
-        pipeline=await _pipeline_of(flow, flow_run),
-        run=flow_run.name or "",
-        run_url=_url(flow_run),
-        occasion=occasion,
-        alarms=[died(_how(state), state.message or "")],
+        return False
+    alarm = died(what, reason, key=key, level=level, owner=owner_of(run))
+    told = (await _about(run, flow_name)).model_copy(update={"alarms": [await _with_jobs(alarm, run, log)]})
+    return all(await asyncio.gather(*(announce(one, told, log) for one in notify)))
+
+
+async def tell_run_is_well(run: FlowRun, log: Log, notify: Sequence[Notify]) -> bool:
+    """Tell that a deployment's runs are well again, where a run that failed was told of.
+
+    Returns:
+        Whether all was told that was to be.
+    """
+    told = (await _about(run)).model_copy(update={"fine": list(OF_RUNS)})
+    return all(await asyncio.gather(*(announce(one, told, log) for one in notify)))
+
+
+async def _about(run: FlowRun, flow_name: str | None = None) -> Bulletin:
+    """A bulletin that says of which run it is, and nothing yet."""
+    name = await _deployment_of(run, flow_name)
+    return Bulletin(
+        pipeline=name,
+        run=run.name or "",
+        run_url=_url(run),
+        run_id=str(run.id),
+        deployment=name,
+        tags=run.tags,
+        occasion=occasion_of(run),
     )
-    await asyncio.gather(*(announce(one, told, log) for one in notify))
 
 
-def died(what: str, reason: str) -> Alarm:
+async def _with_jobs(alarm: Alarm, run: FlowRun, log: Log) -> Alarm:
+    """The alarm, with what the run has started at the vendors and not seen the end of."""
+    try:
+        open_ = [entry for entry in await read_entries(run.id) if entry.open and entry.handle]
+    except Exception as error:  # noqa: BLE001 - the alert is worth more than what it says about jobs
+        log.warning("The run's journal could not be read: %s", type(error).__name__)
+        return alarm
+    if not open_:
+        return alarm
+    handles = [entry.handle for entry in open_ if entry.handle]
+    jobs = ", ".join(f"{entry.vendor} {entry.name}" for entry in open_[:_JOBS])
+    more = f" and {len(open_) - _JOBS} more" if len(open_) > _JOBS else ""
+    return alarm.model_copy(
+        update={
+            "reason": f"{alarm.reason} Its jobs at the vendors go on: {jobs}{more}.",
+            "url": handles[0].url,
+            "link": f"job {handles[0].job_id}",
+        }
+    )
+
+
+def occasion_of(run: FlowRun) -> str:
+    """Which attempt of which run."""
+    return f"{run.id}:{run.run_count}"
+
+
+def owner_of(run: FlowRun) -> str | None:
+    """Whose run it is: its tag `owner:<name>`."""
+    return _owner(run.tags)
+
+
+def _owner(tags: Iterable[str]) -> str | None:
+    return next((tag.removeprefix("owner:") for tag in tags if tag.startswith("owner:")), None)
+
+
+def died(
+    what: str, reason: str, *, key: str = RUN, level: Level = "refused", owner: str | None = None
+) -> Alarm:
     """That a run could not do its work at all."""
-    return Alarm(key=RUN, title="the run", what=what, level="refused", reason=reason, tool="prefect")
+    return Alarm(key=key, title="the run", what=what, level=level, reason=reason, tool="prefect", owner=owner)
 
 
-def bulletin(report: Report, *, pipeline: str, occasion: str) -> Bulletin:
+def bulletin(
+    report: Report,
+    *,
+    pipeline: str,
+    occasion: str,
+    run_id: str = "",
+    deployment: str = "",
+    tags: Sequence[str] = (),
+) -> Bulletin:
     """What a run has to say to whoever is told.
 
     What failed is an alarm; of a dbt step each node that failed is. What is held back is said with its
@@ -115,11 +213,14 @@ def bulletin(report: Report, *, pipeline: str, occasion: str) -> Bulletin:
         report: How it went.
         pipeline: What it is a run of.
         occasion: Which attempt of which run.
+        run_id: The run's id.
+        deployment: The deployment that it is a run of.
+        tags: The run's tags. Failures of nobody's belong to whom the tag `owner:<name>` names.
     """
     level: Level = "failed" if report.ending == "Failed" else "partial"
     nodes = report.nodes if isinstance(report, EltReport) else []
     alarms: list[Alarm] = []
-    fine = [RUN]
+    fine = list(OF_RUNS)
     for step in report.steps:
         of_nodes = [node for node in nodes if node.state in _BAD] if step.kind == "transform" else []
         if step.failed and not of_nodes:
@@ -134,8 +235,14 @@ def bulletin(report: Report, *, pipeline: str, occasion: str) -> Bulletin:
         pipeline=pipeline,
         run=report.flow_run_name,
         run_url=report.flow_run_url,
+        run_id=run_id,
+        deployment=deployment,
+        tags=list(tags),
         occasion=occasion,
-        alarms=list(_with_held(alarms, report)),
+        alarms=[
+            alarm if alarm.owner else alarm.model_copy(update={"owner": _owner(tags)})
+            for alarm in _with_held(alarms, report)
+        ],
         fine=fine,
         summary=[f"{report.ending}: {report.message}", *(step.line for step in report.steps)],
     )
@@ -178,7 +285,8 @@ def _with_held(alarms: Sequence[Alarm], report: Report) -> Iterator[Alarm]:
         yield alarm.model_copy(update={"held": held})
 
 
-def _how(state: State[Any]) -> str:
+def how(state: State[Any]) -> str:
+    """How a run has ended, in a word."""
     if state.is_cancelled() or state.is_cancelling():
         return "was cancelled"
     return "crashed" if state.is_crashed() else "failed"
@@ -186,6 +294,18 @@ def _how(state: State[Any]) -> str:
 
 def _occasion() -> str:
     return f"{flow_run.id}:{flow_run.run_count}"
+
+
+def _here() -> dict[str, Any]:
+    """What a bulletin says of the run that is running here."""
+    name = _pipeline()
+    return {
+        "pipeline": name,
+        "run_id": str(flow_run.id or ""),
+        "deployment": name,
+        "tags": list(flow_run.tags or []),
+        "occasion": _occasion(),
+    }
 
 
 def _pipeline() -> str:
@@ -197,11 +317,15 @@ def _pipeline() -> str:
     return f"{flow}/{name}" if name else flow
 
 
-async def _pipeline_of(flow: Flow[Any, Any], run: FlowRun) -> str:
-    if run.deployment_id is None:
-        return flow.name
+async def _deployment_of(run: FlowRun, flow_name: str | None) -> str:
     async with get_client() as client:
-        return f"{flow.name}/{(await client.read_deployment(run.deployment_id)).name}"
+        flow_name = flow_name or (await client.read_flow(run.flow_id)).name
+        if run.deployment_id is None:
+            return flow_name
+        try:
+            return f"{flow_name}/{(await client.read_deployment(run.deployment_id)).name}"
+        except ObjectNotFound:
+            return flow_name
 
 
 def _url(run: FlowRun) -> str | None:

@@ -26,6 +26,15 @@ the run could not begin, or its process died."""
 RUN = "run"
 """The key of a run that could not begin or died."""
 
+GIVEN_UP = "run-given-up"
+"""The key of a run that died so often that it is not started again."""
+
+STUCK = "run-stuck"
+"""The key of a run that does not begin, or does not end."""
+
+OF_RUNS = (RUN, GIVEN_UP, STUCK)
+"""What the next run of a deployment that goes well, or the same run, ends."""
+
 SEVERAL = 10
 FORGET = timedelta(days=14)
 TELLING = timedelta(seconds=60)
@@ -71,6 +80,9 @@ class Bulletin(BaseModel):
         pipeline: What the incidents are kept under: the deployment, or the flow.
         run: The run's name.
         run_url: Its page.
+        run_id: Its id.
+        deployment: The deployment that it is a run of, `flow/deployment`; the flow alone where it is of none.
+        tags: Its tags.
         occasion: This attempt of this run. An incident that was told on it is not told on it again.
         at: When.
         alarms: What is wrong.
@@ -83,6 +95,9 @@ class Bulletin(BaseModel):
     pipeline: str
     run: str = ""
     run_url: str | None = None
+    run_id: str = ""
+    deployment: str = ""
+    tags: list[str] = []
     occasion: str = ""
     at: datetime = Field(default_factory=lambda: datetime.now(UTC))
     alarms: list[Alarm] = []
@@ -94,9 +109,9 @@ class Bulletin(BaseModel):
 
         That this deployment's runs can't begin stays its own: another's that can are no sign of recovery.
         """
-        own = f"{RUN}/{self.pipeline}"
-        alarms = [a.model_copy(update={"key": own}) if a.key == RUN else a for a in self.alarms]
-        fine = [own if key == RUN else key for key in self.fine]
+        own = {key: f"{key}/{self.pipeline}" for key in OF_RUNS}
+        alarms = [a.model_copy(update={"key": own.get(a.key, a.key)}) for a in self.alarms]
+        fine = [own.get(key, key) for key in self.fine]
         return self.model_copy(update={"pipeline": pipeline, "alarms": alarms, "fine": fine})
 
 

@@ -48,6 +48,17 @@ def header(bulletin: Bulletin) -> str:
     return f"*{escape(bulletin.pipeline)}*{run}"
 
 
+def footer(bulletin: Bulletin) -> list[str]:
+    """Of what deployment it is a run, with which tags, and its id, for whoever has to look it up."""
+    parts = [
+        f"deployment {bulletin.deployment}" if bulletin.deployment else "",
+        f"tags {', '.join(bulletin.tags)}" if bulletin.tags else "",
+        f"run {bulletin.run_id}" if bulletin.run_id else "",
+    ]
+    said = " · ".join(part for part in parts if part)
+    return [f"_{escape(said)}_"] if said else []
+
+
 def line(change: Change) -> str:
     """What a run means for an incident, in one line and what hangs on it."""
     incident = change.incident
@@ -74,7 +85,7 @@ def root(change: Change, bulletin: Bulletin) -> str:
     if incident.runs > 1:
         since = f"\n{_ordinal(incident.runs)} run, since {moment(incident.since)}"
     first = f"✗ *{escape(incident.title)}* {escape(incident.what)} in {header(bulletin)}{_why(incident)}"
-    return "\n".join([first + since, *_held(change)])
+    return "\n".join([first + since, *_held(change), *footer(bulletin)])
 
 
 def digest(changes: list[Change], bulletin: Bulletin) -> str:
@@ -84,7 +95,8 @@ def digest(changes: list[Change], bulletin: Bulletin) -> str:
         lines += [escape(text) for text in bulletin.summary]
     if len(lines) > _LINES:
         lines = [*lines[:_LINES], f"… and {len(lines) - _LINES} more"]
-    return cut("\n".join([header(bulletin), *lines]))
+    last = footer(bulletin) if changes else []
+    return cut("\n".join([header(bulletin), *lines, *last]))
 
 
 def _end(change: Change) -> str:
@@ -101,7 +113,8 @@ def _history(incident: Incident) -> str:
 def _why(incident: Incident) -> str:
     reason = " ".join(incident.reason.split())
     job = f" {link(incident.url, incident.link)}" if incident.url else ""
-    return f": {escape(reason)}{job}" if reason else job
+    owner = f" (owner: {escape(incident.owner)})" if incident.owner and not incident.many else ""
+    return f": {escape(reason)}{job}{owner}" if reason else f"{job}{owner}"
 
 
 def _held(change: Change) -> list[str]:

@@ -18,7 +18,7 @@ from flows.alerts import bulletin, tell_of_end
 from flows.report import EltReport, Step, StepState
 from sandbox import Sandbox, catalog
 from tasks.dbt.model import DbtNode, DbtState
-from tasks.incidents import FORGET, Bulletin, Change, Happened, Incident, compare, mark
+from tasks.incidents import FORGET, OF_RUNS, Bulletin, Change, Happened, Incident, compare, mark
 from tasks.memory import VariableMemory
 from tests.alerts_fixtures import NOON, alarm, channel, impatient, pagerduty, webhook
 from tests.flows_fixtures import Runs, box, runs, sources, starts, sync_parameters, task_runs
@@ -161,7 +161,7 @@ def test_a_report_becomes_alarms() -> None:
     ]
     assert [a.held for a in told.alarms] == [["1 (b is late)"], [], []]
     assert told.fine == [
-        "run",
+        *OF_RUNS,
         "airbyte/a",
         "airbyte/c",
         "dbt-core/shop",

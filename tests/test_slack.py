@@ -197,9 +197,10 @@ async def test_one_message_for_a_run_and_a_channel(box: Sandbox) -> None:
     (message,) = box.slack.sent_to("weather-desk")
     assert message.text == (
         f"*{runs.name}*, run <https://prefect.test/runs/1|run-1>\n"
-        "✗ *airbyte a* sync failed: Bad &lt;token&gt; <https://airbyte.test/jobs/a|job 12>\n"
+        "✗ *airbyte a* sync failed: Bad &lt;token&gt; <https://airbyte.test/jobs/a|job 12>"
+        " (owner: weather-desk)\n"
         "○ held back: braze (a did not land)\n"
-        "✗ *airbyte b* sync failed: Source is down <https://airbyte.test/jobs/b|job 12>"
+        "✗ *airbyte b* sync failed: Source is down <https://airbyte.test/jobs/b|job 12> (owner: weather-desk)"
     )
     (other,) = box.slack.sent_to("data-alerts")
     assert "airbyte c" in other.text

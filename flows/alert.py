@@ -1,0 +1,63 @@
+"""Tell of a run that does not tell itself: to the people of its own parameters, or else to those named here.
+
+Started by the automations in `deployments/automations.yaml`, for flows of any kind. Its blocks are those of
+its `notify`.
+"""
+
+# No `from __future__ import annotations` here: see flows/elt.py.
+from typing import Literal
+from uuid import UUID
+
+from prefect import flow
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
+
+from flows.alerts import how, tell_of_run, tell_run_is_well
+from flows.parameters import NotifyList
+from tasks.incidents import STUCK
+
+Told = Literal["told", "not delivered", "nothing to tell"]
+
+
+@flow(name="alert", flow_run_name="alert {flow_run_id}")
+async def alert(
+    flow_run_id: UUID,
+    notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
+) -> Told:
+    """Tell how a run is: that it failed or crashed, that it does not end, or that all is well again.
+
+    A run whose parameters name whom to tell has told how it ended itself, and is passed over. What is told
+    already is not told twice.
+
+    Args:
+        flow_run_id: The run.
+        notify: Who is told of runs whose own parameters name nobody.
+
+    Returns:
+        Whether there was something to tell, and whether it was delivered.
+    """
+    log = get_run_logger()
+    async with get_client() as client:
+        try:
+            run = await client.read_flow_run(flow_run_id)
+        except ObjectNotFound:
+            return "nothing to tell"
+    state = run.state
+    if state is None:
+        return "nothing to tell"
+    if state.type in (StateType.PENDING, StateType.RUNNING):
+        reason = f"It has been {state.name} since {state.timestamp:%Y-%m-%d %H:%M} UTC."
+        delivered = await tell_of_run(
+            run, "does not end", reason, log, key=STUCK, level="failed", otherwise=notify
+        )
+    elif run.parameters.get("notify"):
+        return "nothing to tell"
+    elif state.is_completed():
+        delivered = await tell_run_is_well(run, log, notify)
+    elif state.is_failed() or state.is_crashed():
+        delivered = await tell_of_run(run, how(state), state.message or "", log, otherwise=notify)
+    else:
+        return "nothing to tell"
+    return "told" if delivered else "not delivered"

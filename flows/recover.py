@@ -1,0 +1,159 @@
+"""Put a run whose process died on the schedule again, a bounded number of times.
+
+Started by the automations in `deployments/automations.yaml`: when a run is reported as Crashed, and when its
+heartbeats stop because the whole machine is gone and nobody is left to report it. The run attaches to the
+jobs that it had started at the vendors. No blocks of its own; for runs whose parameters name nobody to tell,
+those of its own `notify`.
+"""
+
+# No `from __future__ import annotations` here: see flows/elt.py.
+from typing import Annotated, Literal
+from uuid import UUID
+
+from prefect import flow
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+from pydantic import BaseModel, Field
+
+from flows.alerts import tell_of_run
+from flows.parameters import NotifyList
+from tasks.incidents import GIVEN_UP, RUN
+from tasks.rescue import (
+    SCRIPT_HEARTBEAT,
+    close_task_runs,
+    dead,
+    declare_dead,
+    last_sign,
+    reschedule,
+    rescues,
+    why_not,
+)
+
+
+class Rescue(BaseModel):
+    """What became of a run.
+
+    Attributes:
+        flow_run_id: The run.
+        did: What was done. `left alone` is a run that needs nothing; `given up` stays Crashed.
+        why: The reason, in words.
+        rescues: How often it has been rescued, this time included.
+        closed: How many task runs of the dead attempt were still said to be running.
+    """
+
+    flow_run_id: UUID
+    did: Literal["rescheduled", "given up", "left alone"]
+    why: str
+    rescues: int = 0
+    closed: int = 0
+
+    @property
+    def state(self) -> State["Rescue"]:
+        """The final state of the run that did it."""
+        name = {"rescheduled": "Rescued", "given up": "GivenUp", "left alone": "LeftAlone"}[self.did]
+        return Completed(name=name, message=self.why, data=self)
+
+
+@flow(name="recover", flow_run_name="recover {flow_run_id}")
+async def recover(
+    flow_run_id: UUID,
+    at_most: Annotated[int, Field(ge=0)] = 3,
+    delay: Annotated[float, Field(ge=10)] = 30.0,
+    silent_for: Annotated[float, Field(gt=0)] = 75.0,
+    notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
+) -> Rescue:
+    """Rescue a run whose process died. One that is alive, cancelled, ended or rescued already is left alone.
+
+    Args:
+        flow_run_id: The run.
+        at_most: How often a run is rescued before it is given up. 0 only tells.
+        delay: Seconds after which it is started again, the second time twice as many, and so on. At least 10:
+            a worker reports a crash twice within some seconds, and the later report would undo the rescue.
+        silent_for: Seconds without a heartbeat after which a run that says it is Running is dead. More than
+            twice `PREFECT_FLOWS_HEARTBEAT_FREQUENCY` of whatever runs it.
+        notify: Who is told of runs whose own parameters name nobody.
+
+    Returns:
+        What was done, and why.
+    """
+    async with get_client() as client:
+        try:
+            run = await client.read_flow_run(flow_run_id)
+        except ObjectNotFound:
+            return _left(flow_run_id, "it has been deleted").state  # type: ignore[return-value]
+        patience = silent_for if run.deployment_id else max(silent_for, 2.5 * SCRIPT_HEARTBEAT)
+        crashed = await _crashed(client, run, patience)
+        if crashed is None:
+            run = await client.read_flow_run(flow_run_id)
+            return _left(flow_run_id, _well(run)).state  # type: ignore[return-value]
+        done = await _rescue(client, crashed, at_most, delay)
+    if done.did != "left alone":
+        await _tell(crashed, done, notify)
+    return done.state  # type: ignore[return-value]  # Prefect takes a State for the result in it
+
+
+async def _crashed(client: PrefectClient, run: FlowRun, silent_for: float) -> FlowRun | None:
+    """The run in its state Crashed, if it is that or ought to be."""
+    if run.state and run.state.is_crashed():
+        return run
+    silent = await dead(client, run, silent_for)
+    if silent is None:
+        return None
+    since = await last_sign(client, silent)
+    why = f"No sign of life since {since:%Y-%m-%d %H:%M:%S} UTC: its process, or its machine, is gone."
+    await declare_dead(client, silent, why)
+    now = await client.read_flow_run(run.id)
+    return now if now.state and now.state.is_crashed() else None
+
+
+async def _rescue(client: PrefectClient, run: FlowRun, at_most: int, delay: float) -> Rescue:
+    """Put a crashed run on the schedule again, if it may be."""
+    so_far = await rescues(client, run)
+    done = Rescue(flow_run_id=run.id, did="given up", why="", rescues=so_far)
+    done.closed = await close_task_runs(client, run, "The process of the run died.")
+    reason = await why_not(client, run)
+    if reason is None and so_far >= at_most:
+        reason = f"it has been rescued {so_far} times, and more than {at_most} are not allowed"
+        reason = reason if so_far else "it is not allowed to be rescued (`at_most` is 0)"
+    if reason:
+        return done.model_copy(update={"why": reason})
+    wait = delay * 2**so_far
+    message = f"Its process died; it is started again in {wait:g} s, for the {so_far + 1}. time of {at_most}."
+    if not await reschedule(client, run, wait, message):
+        return _left(run.id, "somebody else has just rescued it")
+    return done.model_copy(
+        update={
+            "did": "rescheduled",
+            "rescues": so_far + 1,
+            "why": f"it is started again in {wait:g} s, for the {so_far + 1}. time of {at_most}",
+        }
+    )
+
+
+async def _tell(run: FlowRun, done: Rescue, notify: NotifyList) -> None:
+    given_up = done.did == "given up" and done.rescues > 0
+    said = run.state.message if run.state and run.state.message else "Its process died."
+    await tell_of_run(
+        run,
+        "was given up" if given_up else "crashed",
+        f"{said} {done.why[0].upper()}{done.why[1:]}.",
+        get_run_logger(),
+        key=GIVEN_UP if given_up else RUN,
+        otherwise=notify,
+    )
+
+
+def _left(flow_run_id: UUID, why: str) -> Rescue:
+    return Rescue(flow_run_id=flow_run_id, did="left alone", why=why)
+
+
+def _well(run: FlowRun) -> str:
+    """Why a run needs no rescue, in words."""
+    if run.state is None:
+        return "it has no state"
+    if run.state.type in (StateType.PENDING, StateType.RUNNING):
+        return "it is alive"
+    return f"it is {run.state.name}"

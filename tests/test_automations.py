@@ -1,0 +1,183 @@
+"""The automations of this project on a real server: put there, changed, switched off, removed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import Flow
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
+from prefect.utilities.importtools import import_object
+from prefect_slack import SlackWebhook
+
+from deployments.automations import FILE, AutomationsError, main, plan, read_entries, remove
+from flows.alert import alert
+from flows.recover import recover
+from tests.deployed import specs
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
+
+__all__ = ["collected"]
+
+pytestmark = PREFECTS_SOCKETS
+
+
+@pytest.fixture
+async def client() -> AsyncIterator[PrefectClient]:
+    """The API, with what the automations name; none of them is left behind."""
+    async with get_client() as client:
+        for flow, name in ((recover, "dead-runs"), (alert, "untold-runs")):
+            await client.create_deployment(await client.create_flow(flow), name=name)
+        await SlackWebhook(url="https://hooks.slack.com/services/T/B/x").save("data-alerts", overwrite=True)  # type: ignore[misc]
+        yield client
+        await remove(client, await _there(client))
+
+
+async def _there(client: PrefectClient) -> list[Automation]:
+    return (await plan(client, [])).remove
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """The file, for a test to change."""
+    return Path(shutil.copy(FILE, tmp_path / "automations.yaml"))
+
+
+async def make(file: Path, *arguments: str) -> int:
+    return await main(["--file", str(file), *arguments])
+
+
+def changed(file: Path, **changes: Any) -> str:
+    """Change the first automation of the file; its name."""
+    found = yaml.safe_load(file.read_text())
+    first: dict[str, Any] = found["automations"][0]
+    first.update(changes)
+    file.write_text(yaml.safe_dump(found))
+    return str(first["name"])
+
+
+def replaced(file: Path, words: dict[str, str]) -> None:
+    text = file.read_text()
+    for old, new in words.items():
+        text = text.replace(old, new)
+    file.write_text(text)
+
+
+async def test_twice(client: PrefectClient, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second time there is nothing to do, and nothing is done."""
+    assert await make(file, "--check") == 1
+    assert await make(file) == 0
+    first = {automation.id: automation for automation in await _there(client)}
+    assert len(first) == len(read_entries(file))
+    capsys.readouterr()
+    assert await make(file) == 0
+    assert capsys.readouterr().out == "Nothing to do.\n"
+    assert await make(file, "--check") == 0
+    assert {automation.id: automation for automation in await _there(client)} == first
+
+
+async def test_a_change_is_made_in_place(client: PrefectClient, file: Path) -> None:
+    """What is different in the file is different on the server; it stays the same automation."""
+    await make(file)
+    (old,) = [a for a in await _there(client) if "heartbeats" in a.name]
+    entry = next(entry for entry in read_entries(file) if entry.name == old.name)
+    changed(file, trigger={**entry.trigger, "within": 500})
+    await make(file)
+    (new,) = [a for a in await _there(client) if a.name == old.name]
+    assert new.id == old.id
+    assert isinstance(new.trigger, EventTrigger)
+    assert new.trigger.within.total_seconds() == 500
+
+
+async def test_switched_off_by_an_operator(
+    client: PrefectClient, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It stays off, also when what it does is changed, and that is said."""
+    await make(file)
+    name = read_entries(file)[0].name
+    (automation,) = [a for a in await _there(client) if a.name == name]
+    await client.pause_automation(automation.id)
+    changed(file, description="Another one.")
+    capsys.readouterr()
+    await make(file)
+    assert f"switched off by an operator, and left so: {name}" in capsys.readouterr().out
+    (after,) = [a for a in await _there(client) if a.name == name]
+    assert (after.enabled, after.description) == (False, "Another one.")
+
+
+async def test_what_is_no_longer_in_the_file(
+    client: PrefectClient, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is offered for deletion, and deleted when asked to; what is not ours is never touched."""
+    await make(file)
+    first = (await _there(client))[0].model_dump(exclude={"id"})
+    theirs = await client.create_automation(
+        AutomationCore.model_validate({**first, "name": "somebody's", "tags": []})
+    )
+    old = read_entries(file)[0].name
+    changed(file, name="elt: a new one")
+    capsys.readouterr()
+    assert await make(file) == 0
+    assert f"no longer in the file: {old}. ARGS=--prune deletes them." in capsys.readouterr().out
+    assert {old, "elt: a new one"} <= {automation.name for automation in await _there(client)}
+    await make(file, "--prune")
+    assert old not in {automation.name for automation in await _there(client)}
+    assert await client.read_automation(theirs)
+    await client.delete_automation(theirs)
+
+
+async def test_what_is_not_deployed(
+    file: Path, client: PrefectClient, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every deployment and block that is missing is named, with what to do, and nothing is changed."""
+    replaced(file, {"dead-runs": "gone", "data-alerts": "nowhere"})
+    assert await make(file) == 1
+    said = capsys.readouterr().err
+    assert "There is no deployment recover/gone on this server: deploy it first" in said
+    assert "There is no block slack-incoming-webhook/nowhere on this server: save it" in said
+    assert len(said.splitlines()) == 2
+    assert await _there(client) == []
+
+
+@pytest.mark.no_server
+def test_a_file_that_is_wrong(file: Path) -> None:
+    """A misspelt key is said, and two of one name."""
+    changed(file, triger={})
+    with pytest.raises(AutomationsError, match="triger"):
+        read_entries(file)
+    found = yaml.safe_load(FILE.read_text())
+    found["automations"].append(found["automations"][0])
+    file.write_text(yaml.safe_dump(found))
+    with pytest.raises(AutomationsError, match="two automations are called"):
+        read_entries(file)
+
+
+@pytest.mark.no_server
+def test_every_flow_that_is_deployed_is_watched() -> None:
+    """A deployment of a flow that no automation looks after is one whose dead runs nobody sees."""
+    watched = yaml.safe_load(FILE.read_text())["definitions"]["ours"]["prefect.resource.name"]
+    deployed = {_flow(spec["entrypoint"]).name for spec in specs().values()} - {recover.name, alert.name}
+    assert deployed == set(watched)
+
+
+def _flow(entrypoint: str) -> Flow[..., Any]:
+    found = import_object(entrypoint)
+    assert isinstance(found, Flow)
+    return found
+
+
+@pytest.mark.no_server
+def test_a_heartbeat_may_be_missed() -> None:
+    """The patience with a silent run is more than two of the heartbeats that its deployment sets."""
+    (entry,) = [entry for entry in read_entries() if "heartbeats" in entry.name]
+    beats = {
+        float(spec["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        for spec in specs().values()
+    }
+    assert entry.trigger["posture"] == Posture.Proactive.value
+    assert entry.trigger["within"] > 2 * max(beats)
+    assert specs()["dead-runs"]["parameters"]["silent_for"] > 2 * max(beats)

@@ -1,0 +1,148 @@
+"""Workers and processes that are killed in mid-sync, and the automations that bring their runs to an end."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil  # type: ignore[import-untyped]
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.objects import StateType, TaskRun
+
+from deployments.automations import Entry, apply, plan, read_entries, remove, resolve
+from sandbox import Sandbox
+from tasks.rescue import RESCHEDULED
+from tests.deployed import BY_HAND, PREFECT_FILE, Runs, Stage, prefect, saved_blocks, until
+
+pytestmark = pytest.mark.timeout(400)
+
+RECOVER = "recover/dead-runs"
+_SILENT = 20  # seconds; a run of these tests beats when it begins, and then after 30 s
+
+
+@pytest.fixture(scope="module")
+def runs(prefect_server: str) -> Iterator[Runs]:
+    with get_client(sync_client=True) as client:
+        yield Runs(client, prefect_server)
+
+
+@pytest.fixture(scope="module")
+def stage(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """The sandbox, and the deployments that rescue and tell beside one that syncs."""
+    prefect("work-pool", "create", "elt", "--type", "process", "--overwrite")
+    names = [part for name in ("by-hand", "dead-runs", "untold-runs") for part in ("-n", name)]
+    prefect("--no-prompt", "deploy", "--prefect-file", PREFECT_FILE, *names)
+    with Sandbox(tmp_path_factory.mktemp("stage"), job_seconds=0.3) as box, saved_blocks(box):
+        yield Stage(box)
+
+
+def _quick(entry: Entry) -> Entry:
+    """An automation as it is shipped, but for what would have a test wait for minutes."""
+    trigger = dict(entry.trigger)
+    if "heartbeats stopped" in entry.name:
+        trigger["within"] = _SILENT
+    actions = [
+        {**action, "parameters": {**action["parameters"], "delay": 10, "silent_for": _SILENT}}
+        if action.get("deployment") == RECOVER
+        else action
+        for action in entry.actions
+    ]
+    return entry.model_copy(update={"trigger": trigger, "actions": actions})
+
+
+@pytest.fixture
+async def automations(stage: Stage) -> Any:
+    """Those of deployments/automations.yaml, on the server."""
+    async with get_client() as client:
+        wanted = await resolve(client, [_quick(entry) for entry in read_entries()])
+        await apply(client, await plan(client, wanted))
+        yield
+        await remove(client, (await plan(client, [])).remove)
+
+
+@contextmanager
+def machine(log: Path) -> Iterator[psutil.Process]:
+    """A worker; what is still there of it and of its runs is killed in the end."""
+    command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "elt"]
+    env = {**__import__("os").environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    with log.open("wb") as output:
+        worker = subprocess.Popen(command, cwd=log.parent, env=env, stdout=output, stderr=output)  # noqa: S603
+        try:
+            yield psutil.Process(worker.pid)
+        finally:
+            if worker.poll() is None:
+                power_off(psutil.Process(worker.pid))
+            worker.wait()
+
+
+def power_off(worker: psutil.Process) -> None:
+    """SIGKILL for a worker and all that it has started, at once."""
+    family = [worker, *worker.children(recursive=True)]
+    for process in family:
+        process.send_signal(signal.SIGSTOP)  # so that nobody reports the death of another
+    family = [worker, *worker.children(recursive=True)]
+    for process in family:
+        process.kill()
+
+
+def _task_runs(runs: Runs, run: UUID) -> list[TaskRun]:
+    return runs.client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))
+
+
+def _names(runs: Runs, run: UUID) -> list[str | None]:
+    return [state.name for state in sorted(runs.states(run), key=lambda state: state.timestamp)]
+
+
+def test_killed_in_mid_sync_and_rescued_without_a_hand(
+    runs: Runs, stage: Stage, automations: None, tmp_path: Path
+) -> None:
+    """One process killed, then its worker and all else: both runs end well, with one job per connection."""
+    killed = {}
+    for name in ("process", "machine"):
+        stage.add(name, 2, outcome="stuck")
+    with machine(tmp_path / "first.log") as first:
+        for name in ("process", "machine"):
+            killed[name] = runs.start(BY_HAND, syncs=stage.syncs(name))
+        for name in killed:
+            stage.started(name)
+        runs.process(killed["process"]).kill()
+        ended = runs.ended(killed["process"])
+        assert ended.state is not None
+        assert ended.state.type is StateType.CRASHED
+        power_off(first)
+
+    with machine(tmp_path / "second.log"):
+        for name, run in killed.items():
+            until(f"{name}: rescued", lambda run=run: RESCHEDULED in _names(runs, run), within=180)  # type: ignore[misc]
+            until(f"{name}: runs again", lambda run=run: runs.read(run).run_count == 2, within=120)  # type: ignore[misc]
+        for name, run in killed.items():
+            for connection in stage.groups[name]:
+                for job in stage.box.airbyte.jobs_of(connection):
+                    job.timeline.finish("succeeded")
+            ended = runs.ended(run, within=120)
+            assert ended.state is not None
+            assert ended.state.type is StateType.COMPLETED, ended.state.message
+            assert stage.statuses(name) == ["succeeded"] * 2  # one job for each connection
+            assert stage.cancels(name) == [0, 0]
+            _all_is_closed(runs, run)
+    messages = [message.text for message in stage.box.slack.messages]
+    assert [text for text in messages if "the run* crashed" in text]
+    assert [text for text in messages if "the run* is well again" in text]
+
+
+def _all_is_closed(runs: Runs, run: UUID) -> None:
+    """Nothing of the dead attempt is said to be running still."""
+
+    def closed() -> bool:
+        found = _task_runs(runs, run)
+        return all(one.state and one.state.is_final() for one in found)
+
+    until("every task run has ended", closed)
