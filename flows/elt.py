@@ -30,6 +30,7 @@ from flows.fan_out import (
 )
 from flows.gate import Gate
 from flows.gates import check_gate_names, look_at_gates
+from flows.intervals import IntervalOfRun, given, interval_of_run
 from flows.own_steps import run_after, run_before
 from flows.parameters import Activation, GateCheck, NotifyList, OwnStep, Sync, Transform
 from flows.picture import picture
@@ -59,6 +60,7 @@ def elt_chain(
     gates: Sequence[GateCheck] = (),
     before: Sequence[OwnStep] = (),
     after: Sequence[OwnStep] = (),
+    data_interval: IntervalOfRun = "none",
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
 ) -> EltReport:
     """Sync, transform, activate and tell, with failure following lineage.
@@ -78,6 +80,8 @@ def elt_chain(
             that stays shut holds back what is built on its connections, and counts as a failure.
         before: Steps of your own before the syncs, one after the other. One that fails holds back the chain.
         after: Steps of your own after the activations, one after the other: if all was done, or always.
+        data_interval: Which part of the data the run is about, for the transform and the steps of your own:
+            `schedule`, or a start and an end.
         max_concurrency: How many tasks may run at the same time.
 
     Returns:
@@ -95,9 +99,11 @@ def elt_chain(
     try:
         # All at the same time; whichever finds something, nothing has been started yet.
         refuse_no_syncs(syncs)
+        interval = interval_of_run(data_interval)
+        transform = given(transform, interval) if transform else None
         checking, checking_activations = Checking(syncs), Checking(activations)
         planning = submit(TRANSFORMS[transform.tool].plan, transform) if transform else None
-        own_steps = submit(check_steps, [*before, *after]) if before or after else None
+        own_steps = submit(check_steps, [*before, *after], interval) if before or after else None
         looking_at_gates = submit(check_gates, list(gates)) if gates else None
         checked = checking.result(allow_failure)
         plan = planning.result() if planning else None
@@ -114,13 +120,13 @@ def elt_chain(
         telling.refused(error)
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
 
-    steps, trouble = run_before(before)
+    steps, trouble = run_before(before, interval)
     if trouble:
         report = _hold_all(checked, transform, plan, checked_activations, trouble)
     else:
         report = _run_all(checked, gates, transform, plan, checked_activations)
     steps += report.steps
-    steps += run_after(after, steps)
+    steps += run_after(after, steps, interval)
     report = conclude(report.model_copy(update={"steps": steps}), allow_failure, began=began)
     publish(report, "elt-report")
     telling.ended(report)

@@ -16,6 +16,7 @@ from pydantic import Field
 
 from flows.alerts import tell_of_end
 from flows.fan_out import KNOWN_ERRORS, submit
+from flows.intervals import IntervalOfRun, given, interval_of_run
 from flows.parameters import NotifyList
 from flows.standing import StandingJob
 from tasks.dbt.choice import incremental_models, with_all_below, words
@@ -33,6 +34,7 @@ def build_project(
     dbt: DbtCore,
     from_models: list[str] = [],  # noqa: B006 - never changed; a form shows it as an empty list
     retry_of: UUID | None = None,
+    data_interval: IntervalOfRun = "none",
     retries: Retries = 2,
     retry_delay: Delay = 60.0,
     notify: NotifyList = [],  # noqa: B006 - as above
@@ -46,7 +48,8 @@ def build_project(
         from_models: Build these and everything below them instead: names of models, seeds and snapshots, or
             of sources as `source.table`.
         retry_of: Id of a flow run whose last dbt build failed: do what it left undone, as `dbt retry` does,
-            with the selection and variables that it had.
+            with the selection, variables and data interval that it had.
+        data_interval: Which part of the data the run is about: `schedule`, or a start and an end.
         retries: How often what failed is tried again within the run. Takes the place of `dbt.retries`.
         retry_delay: Seconds to wait before each of these retries. Takes the place of `dbt.retry_delay`.
         notify: Who is told of what fails and of its recovery.
@@ -62,6 +65,7 @@ def build_project(
     exclude: list[str] = []
     try:
         job.ready()
+        dbt = given(dbt, interval_of_run(data_interval))
         if retry_of is not None:
             if from_models:
                 raise DbtInputError(

@@ -25,7 +25,7 @@ from tasks.dbt.model import DbtBuildFailed, DbtError, DbtPlan, DbtResult, DbtSta
 from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_cloud_results import MANIFEST, outcome_of, show, why_it_broke
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest, status_of
-from tasks.dbt_cloud_steps import Project, command_of, has_selection, leave_out
+from tasks.dbt_cloud_steps import Project, add_vars, command_of, has_selection, leave_out
 from tasks.jobs import (
     InputError,
     JobFailed,
@@ -88,6 +88,7 @@ async def dbt_cloud_plan(dbt: DbtCloud) -> DbtPlan:
     async with api_of(credentials) as api:
         job = await _lookup(api, dbt)
         steps = _steps(dbt, job)
+        add_vars(steps, dbt.vars, dbt.data_interval)  # that it can't be is said before anything is started
         target = dbt.overrides.target_name_override or (job.settings.target_name if job.settings else None)
         project = await _project(api, dbt)
     if project is None:
@@ -145,8 +146,9 @@ async def dbt_cloud_build(dbt: DbtCloud, exclude: Sequence[str] = ()) -> DbtResu
     async with api_of(credentials) as api:
         job = await _lookup(api, dbt)
         overrides = dbt.overrides
-        if exclude:
-            steps = await _without_late(api, dbt, job, sorted(set(exclude)))
+        if exclude or dbt.changes_steps:
+            steps = await _without_late(api, dbt, job, sorted(set(exclude))) if exclude else _steps(dbt, job)
+            steps = add_vars(steps, dbt.vars, dbt.data_interval)
             overrides = overrides.model_copy(update={"steps_override": steps})
         request = RunRequest(
             resource_id=dbt.job_id,

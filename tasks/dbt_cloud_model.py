@@ -14,6 +14,7 @@ from pydantic import (
 
 from blocks.dbtcloud import CredentialsRef, Overrides
 from blocks.reference import stored_block
+from tasks.intervals import DataInterval
 from tasks.jobs import JobPolicy, ToolParameters
 
 
@@ -30,6 +31,17 @@ class DbtCloud(ToolParameters):
     )
     overrides: Overrides = Field(
         default_factory=Overrides, title="Overrides", description="What the run does otherwise than the job."
+    )
+    vars: dict[str, Any] = Field(
+        default={},
+        title="Variables",
+        description="dbt variables, added as --vars to each of the job's commands that runs nodes.",
+    )
+    data_interval: DataInterval | None = Field(
+        default=None,
+        title="Data interval",
+        description="Which part of the data: the variables data_interval_start and data_interval_end, and the"
+        " event times of microbatch models. Set by the flow that has an interval.",
     )
     retry_from_failure: bool = Field(
         default=False,
@@ -50,10 +62,11 @@ class DbtCloud(ToolParameters):
 
     @model_validator(mode="after")
     def _combinations(self) -> DbtCloud:
-        if self.retry_from_failure and self.overrides.given:
+        given = [*self.overrides.given, *(name for name in ("vars", "data_interval") if getattr(self, name))]
+        if self.retry_from_failure and given:
             raise ValueError(
                 "retry_from_failure and overrides exclude each other, for dbt Cloud ignores overrides in a "
-                f"retry, here {', '.join(self.overrides.given)}."
+                f"retry, here {', '.join(given)}."
             )
         if self.policy.on_active == "skip":
             raise ValueError(
@@ -88,6 +101,11 @@ class DbtCloud(ToolParameters):
     def what(self) -> str:
         """The job in short, for people."""
         return f"dbt Cloud job {self.label}"
+
+    @property
+    def changes_steps(self) -> bool:
+        """Whether the job's commands need something added to them."""
+        return bool(self.vars or self.data_interval)
 
     @property
     def task_options(self) -> dict[str, Any]:

@@ -13,8 +13,11 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+import yaml
+
 from tasks.dbt.lineage import Lineage
-from tasks.dbt.model import COMMAND_TYPES, NEVER_RUN, DbtError
+from tasks.dbt.model import COMMAND_TYPES, NEVER_RUN, DbtError, json_text
+from tasks.intervals import DataInterval
 
 RUNS_NODES = frozenset({"build", *COMMAND_TYPES})
 _COMMANDS = RUNS_NODES | {
@@ -46,6 +49,58 @@ def leave_out(steps: Sequence[str], exclude: Sequence[str]) -> list[str]:
             failed whatever it is told.
     """
     return [_leaving_out(step, exclude) if exclude else step for step in steps]
+
+
+def add_vars(steps: Sequence[str], variables: Mapping[str, Any], interval: DataInterval | None) -> list[str]:
+    """The steps with dbt variables, and an interval's event times, for everything that runs nodes.
+
+    Args:
+        steps: The job's commands; of the variables that they have themselves those of the same name go.
+        variables: What to add to `--vars`.
+        interval: Of a build or a run, also the event times of its microbatch models.
+
+    Raises:
+        DbtError: A step can't take variables: it retries what failed with those that it had, or its own
+            `--vars` can't be read.
+    """
+    added = {**variables, **(interval.vars if interval else {})}
+    return [_with_vars(step, added, interval) if added else step for step in steps]
+
+
+def _with_vars(step: str, added: Mapping[str, Any], interval: DataInterval | None) -> str:
+    words, command = _words(step), command_of(step)
+    if command == "retry":
+        raise DbtError(
+            f"The step `{step}` can't be given variables ({', '.join(added)}): dbt takes those of the run "
+            "that it retries."
+        )
+    if command not in RUNS_NODES:
+        return step
+    own: dict[str, Any] = {}
+    kept: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        if word == "--vars" or word.startswith("--vars="):
+            text = next(rest, "") if word == "--vars" else word.removeprefix("--vars=")
+            own |= _own_vars(step, text)
+        else:
+            kept.append(word)
+    kept += ["--vars", json_text({**own, **added})]
+    if interval and command in ("build", "run"):
+        start, end = interval.utc
+        kept += ["--event-time-start", f"{start:%Y-%m-%dT%H:%M:%S}"]
+        kept += ["--event-time-end", f"{end:%Y-%m-%dT%H:%M:%S}"]
+    return shlex.join(kept)
+
+
+def _own_vars(step: str, text: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError:
+        found = None
+    if not isinstance(found, dict):
+        raise DbtError(f"The --vars of the step `{step}` can't be read, so nothing can be added to them.")
+    return found
 
 
 def has_selection(step: str) -> bool:

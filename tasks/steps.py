@@ -30,6 +30,7 @@ from pydantic import (
 from sqlalchemy.exc import SQLAlchemyError
 
 from blocks.reference import block_name, load_block
+from tasks.intervals import END_VAR, START_VAR, DataInterval, fill_in
 from tasks.jobs import InputError, JobFailed, JobResult, JobState, ToolParameters, without_traceback
 
 _STOP_PATIENCE = 5.0  # seconds for commands to end when they are told to; then they are killed
@@ -75,7 +76,9 @@ class _Step(ToolParameters):
 class PythonStep(_Step):
     """A call of a Python function, sync or async; a Prefect flow is one too.
 
-    A text that it returns is shown in the report, a whole number is taken for the rows that it moved.
+    One that has parameters `data_interval_start` and `data_interval_end` gets the two ends of the run's data
+    interval as datetimes, None for a run without one. A text that it returns is shown in the report, a whole
+    number is taken for the rows that it moved.
     """
 
     tool: Literal["python"] = "python"
@@ -124,7 +127,8 @@ class PythonStep(_Step):
         if not callable(found):
             raise InputError(f"{self.what} is no function; it can't be called.")
         try:
-            inspect.signature(found).bind(**self.arguments)
+            # Of an interval it is only asked which names the function has for it.
+            inspect.signature(found).bind(**self.arguments_with(found, None))
         except TypeError as error:
             raise InputError(f"{self.what} can't be called with these arguments: {error}.") from error
         except ValueError:
@@ -136,9 +140,26 @@ class PythonStep(_Step):
             )
         return found
 
+    def arguments_with(self, function: Callable[..., Any], interval: DataInterval | None) -> dict[str, Any]:
+        """The arguments of the call, with the run's data interval if the function has parameters for it.
+
+        Raises:
+            ValueError: The function does not tell its signature.
+        """
+        ends = {
+            START_VAR: interval.start if interval else None,
+            END_VAR: interval.end if interval else None,
+        }
+        known = inspect.signature(getattr(function, "fn", function)).parameters  # of a Prefect flow
+        return {**{name: end for name, end in ends.items() if name in known}, **self.arguments}
+
 
 class ShellStep(_Step):
-    """Commands for bash, run as one script that ends at the first that fails."""
+    """Commands for bash, run as one script that ends at the first that fails.
+
+    The ends of the run's data interval, if it has one, are in the environment in ISO 8601:
+    `DATA_INTERVAL_START` and `DATA_INTERVAL_END`.
+    """
 
     tool: Literal["shell"] = "shell"
     commands: list[str] = Field(title="Commands", min_length=1)
@@ -168,7 +189,7 @@ class ShellStep(_Step):
         """The commands."""
         return "; ".join(command.strip() for command in self.commands if command.strip())
 
-    def operation(self) -> ShellOperation:
+    def operation(self, interval: DataInterval | None = None) -> ShellOperation:
         """The commands as prefect-shell takes them.
 
         They are a job of their own in bash, so that all that they start can be stopped with them: bash alone
@@ -183,7 +204,10 @@ class ShellStep(_Step):
                 "trap 'kill -TERM -- -$!' TERM",
                 "wait $!",
             ],
-            env=self.env,
+            env={
+                **({name.upper(): end for name, end in interval.vars.items()} if interval else {}),
+                **self.env,
+            },
             working_dir=self.working_dir,
             log_prefix=None,
             shell="bash",
@@ -191,7 +215,11 @@ class ShellStep(_Step):
 
 
 class SqlStep(_Step):
-    """Statements against a database, in one transaction."""
+    """Statements against a database, in one transaction.
+
+    `{{ data_interval_start }}` and `{{ data_interval_end }}` in them are replaced by the ends of the run's
+    data interval in ISO 8601; nothing else is.
+    """
 
     tool: Literal["sql"] = "sql"
     database: Annotated[
@@ -223,8 +251,12 @@ OwnStep = Annotated[PythonStep | ShellStep | SqlStep, Field(discriminator="tool"
 
 
 @task(name="check-steps", task_run_name="check steps of one's own", cache_policy=NO_CACHE)
-async def check_steps(steps: list[OwnStep]) -> None:
+async def check_steps(steps: list[OwnStep], interval: DataInterval | None = None) -> None:
     """See that every function can be called, every folder is there and every database block is saved.
+
+    Args:
+        steps: What is to be done.
+        interval: The data interval of the run, if it has one.
 
     Raises:
         InputError: One is not. Nothing was started.
@@ -243,6 +275,7 @@ async def check_steps(steps: list[OwnStep]) -> None:
                         f"There is no folder {step.working_dir} to run {step.label} in."
                     ) from error
             case SqlStep():
+                fill_in(step.statements, interval)
                 await load_block(SqlAlchemyConnector, step.database)
 
 
@@ -258,12 +291,13 @@ def _run_name() -> str:
     # Not the task's source: a fix to this file between a run and its retry must not repeat what is done.
     cache_policy=INPUTS + RUN_ID,
 )
-async def run_step(step: OwnStep, place: str) -> JobResult:
+async def run_step(step: OwnStep, place: str, interval: DataInterval | None = None) -> JobResult:
     """Run one step. A retry of the same flow run does not run it again once it has succeeded.
 
     Args:
         step: What to do.
         place: Where in the chain it is; two steps that are alike are two steps.
+        interval: The data interval of the run, if it has one.
 
     Returns:
         What a vendor's job returns, with the duration in seconds.
@@ -284,11 +318,11 @@ async def run_step(step: OwnStep, place: str) -> JobResult:
     try:
         match step:
             case PythonStep():
-                done = await _call(step)
+                done = await _call(step, interval)
             case ShellStep():
-                done = await _shell(step)
+                done = await _shell(step, interval)
             case SqlStep():
-                done = await _sql(step)
+                done = await _sql(step, interval)
     except _Failed as error:
         seconds = time.monotonic() - began
         failed = {"state": JobState.FAILED, "message": _cut(str(error)), "duration": seconds}
@@ -300,14 +334,18 @@ class _Failed(Exception):
     """A step failed, with the reason."""
 
 
-async def _call(step: PythonStep) -> dict[str, Any]:
+async def _call(step: PythonStep, interval: DataInterval | None) -> dict[str, Any]:
     function = step.function()
+    try:
+        arguments = step.arguments_with(function, interval)
+    except ValueError:
+        arguments = step.arguments  # some builtins don't tell their signature
     try:
         if _is_async(function):
             async with asyncio.timeout(step.timeout):
-                returned = await function(**step.arguments)
+                returned = await function(**arguments)
         else:
-            returned = await asyncio.to_thread(function, **step.arguments)
+            returned = await asyncio.to_thread(function, **arguments)
     except Exception as error:  # noqa: BLE001 - whatever the user's code raises, the step has failed
         if isinstance(error, TimeoutError) and step.timeout is not None:
             raise _Failed(f"it did not end in {step.timeout:g} s and was cancelled") from None
@@ -326,8 +364,8 @@ def _is_async(function: Callable[..., Any]) -> bool:
     return bool(getattr(function, "isasync", False)) or inspect.iscoroutinefunction(function)
 
 
-async def _shell(step: ShellStep) -> dict[str, Any]:
-    async with step.operation() as operation:
+async def _shell(step: ShellStep, interval: DataInterval | None) -> dict[str, Any]:
+    async with step.operation(interval) as operation:
         process: ShellProcess = await operation.atrigger()
         try:
             async with asyncio.timeout(step.timeout):
@@ -357,10 +395,10 @@ async def _stop(process: ShellProcess) -> None:
         running.kill()
 
 
-async def _sql(step: SqlStep) -> dict[str, Any]:
+async def _sql(step: SqlStep, interval: DataInterval | None) -> dict[str, Any]:
     connector = await load_block(SqlAlchemyConnector, step.database)
     try:
-        return {"rows": await asyncio.to_thread(_execute, connector, step.statements)}
+        return {"rows": await asyncio.to_thread(_execute, connector, fill_in(step.statements, interval))}
     except SQLAlchemyError as error:
         # Its own text quotes the statement and an address; the driver's says what is wrong.
         raise _Failed(str(getattr(error, "orig", None) or error)) from None

@@ -86,5 +86,5 @@ def _run(dbt: DbtCore, exclude: list[str], env: dict[str, str]) -> tuple[list[di
             os.environ.clear()
             os.environ.update(before)
     records = [record_of(result) for result in getattr(outcome.result, "results", None) or []]
-    manifest = dbt.project / settings.target_path / "manifest.json"
+    manifest = dbt.project / (dbt.target_path or settings.target_path) / "manifest.json"
     return records, Lineage.from_manifest(json.loads(manifest.read_bytes()))

@@ -42,7 +42,7 @@ _PAUSE = 0.5  # seconds between two writes: what was done in the last of them be
 _PATIENCE = 5.0  # seconds for the last write: an API that is away must not hold up the end of a build
 _DONE = frozenset({DbtState.SUCCESS, DbtState.WARN})
 # What says which build it is, as against how patiently or where it is run.
-_ASKED = ("command", "target", "select", "exclude", "selector", "vars", "full_refresh")
+_ASKED = ("command", "target", "select", "exclude", "selector", "vars", "data_interval", "full_refresh")
 
 
 class BuildRecord(BaseModel):

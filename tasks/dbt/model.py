@@ -22,6 +22,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tasks.dbt.lineage import Lineage
+from tasks.intervals import END_VAR, START_VAR, DataInterval
 from tasks.jobs import ToolParameters
 
 Command = Literal["build", "run", "test", "seed", "snapshot"]
@@ -60,6 +61,16 @@ class DbtCore(ToolParameters):
         default=False, description="Rebuild incremental models and seeds from nothing."
     )
     threads: int | None = Field(default=None, ge=1, description="dbt threads; default: the profile's.")
+    data_interval: DataInterval | None = Field(
+        default=None,
+        description="Which part of the data: the variables data_interval_start and data_interval_end, and the"
+        " event times of microbatch models. Set by the flow that has an interval.",
+    )
+    target_path: Path | None = Field(
+        default=None,
+        description="Folder for what dbt writes (target), seen from the project. Two dbt processes at a time"
+        " need one each.",
+    )
     command: Command = Field(default="build", description="The dbt command to run.")
     env: dict[str, str] = Field(
         default={},
@@ -93,6 +104,8 @@ class DbtCore(ToolParameters):
             raise ValueError(
                 "engine='prefect-dbt' runs dbt inside this process and cannot be stopped: no timeout."
             )
+        if given := sorted({START_VAR, END_VAR} & self.vars.keys()) if self.data_interval else []:
+            raise ValueError(f"data_interval sets the dbt variables, so vars can't: leave out {given[0]}.")
         if blank := [text for text in (*self.select, *self.exclude) if not text.strip()]:
             raise ValueError(f"select and exclude hold an empty entry ({blank[0]!r}): remove it.")
         return self
@@ -119,9 +132,27 @@ class DbtCore(ToolParameters):
             flags["target"] = self.target
         if self.threads:
             flags["threads"] = self.threads
-        if self.vars:
-            flags["vars"] = json_text(self.vars)
+        if self.all_vars:
+            flags["vars"] = json_text(self.all_vars)
+        for flag, moment in self._event_times(self.command).items():
+            flags[flag.removeprefix("--").replace("-", "_")] = moment
         return flags
+
+    @property
+    def all_vars(self) -> dict[str, Any]:
+        """The variables, with those of the data interval."""
+        return {**self.vars, **(self.data_interval.vars if self.data_interval else {})}
+
+    def _event_times(self, command: str) -> dict[str, str]:
+        """What microbatch models take their batches from; only these commands have the options."""
+        if self.data_interval is None or command not in {"build", "run"}:
+            return {}
+        start, end = self.data_interval.utc
+        # Whole seconds are the finest that dbt takes.
+        return {
+            "--event-time-start": f"{start:%Y-%m-%dT%H:%M:%S}",
+            "--event-time-end": f"{end:%Y-%m-%dT%H:%M:%S}",
+        }
 
     @property
     def task_options(self) -> dict[str, Any]:
@@ -155,8 +186,12 @@ class DbtCore(ToolParameters):
         args = ["--project-dir", str(self.project), "--write-json"]
         if self.target:
             args += ["--target", self.target]
-        if self.vars:
-            args += ["--vars", json_text(self.vars)]
+        if self.target_path:
+            args += ["--target-path", str(self.project / self.target_path)]
+        if self.all_vars:
+            args += ["--vars", json_text(self.all_vars)]
+        for flag, moment in self._event_times(command).items():
+            args += [flag, moment]
         if command != "ls":
             if self.threads:
                 args += ["--threads", str(self.threads)]
