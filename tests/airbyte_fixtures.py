@@ -13,7 +13,7 @@ from tasks.jobs import JobPolicy
 from tests.jobs_fixtures import Desk
 
 APIS = ("public", "config")
-QUICK = JobPolicy(poll=0.03, timeout=20)
+QUICK = JobPolicy(poll=0.03, timeout=60)
 
 
 def server(sandbox: Sandbox, api: str | None = None, **fields: Any) -> AirbyteServer:

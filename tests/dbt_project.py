@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
+import pytest
+
+from tasks.dbt.process import DbtProcess
 from tasks.dbt_core import DbtCore
 
 
@@ -52,6 +56,20 @@ class Project:
     def core(self, **settings: object) -> DbtCore:
         values = {"project_dir": self.folder, "env": {"SHOP_WAREHOUSE": str(self.warehouse)}, **settings}
         return DbtCore.model_validate(values)
+
+
+@pytest.fixture
+def dbt_starts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What dbt was started for from here on."""
+    started: list[Any] = []
+    running = DbtProcess.running
+
+    def noting(request: dict[str, Any], **more: Any) -> Any:
+        started.append(request)
+        return running(request, **more)
+
+    monkeypatch.setattr(DbtProcess, "running", noting)
+    return started
 
 
 def everything(folder: Path) -> Project:

@@ -106,7 +106,7 @@ class Subject(ABC):
 
     async def run(self, **policy: Any) -> JobResult:
         """Run it once."""
-        settings = JobPolicy(**{"poll": 0.03, "timeout": 10.0, "outage": 5.0, **policy})
+        settings = JobPolicy(**{"poll": 0.03, "timeout": 90.0, "outage": 90.0, **policy})
         return await run_job(self.vendor, self.request, settings, journal=self.journal)
 
     def begin(self, **policy: Any) -> asyncio.Task[JobResult]:

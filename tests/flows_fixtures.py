@@ -99,7 +99,7 @@ def runs(box: Sandbox) -> Runs:
 def task_runs(run_id: UUID, *, until: int) -> list[TaskRun]:
     """The run's task runs, once the server has recorded so many with an end."""
     of_run = FlowRunFilter(id=FlowRunFilterId(any_=[run_id]))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     with get_client(sync_client=True) as client:
         while True:
             found = client.read_task_runs(flow_run_filter=of_run, limit=200)

@@ -32,7 +32,7 @@ def collected() -> Iterator[None]:
     gc.collect()
 
 
-async def until(happened: Callable[[], bool], within: float = 10) -> None:
+async def until(happened: Callable[[], bool], within: float = 60) -> None:
     """Wait for what happens in the sandbox's thread."""
     async with asyncio.timeout(within):
         while not happened():  # noqa: ASYNC110 - another thread could not set an asyncio.Event
@@ -58,7 +58,7 @@ class Desk:
     async def run(self, *, operation: str = "sync", **policy: Any) -> JobResult:
         """One attempt. Attempts of one desk are retries of each other: they share a journal."""
         request = AirbyteRequest(self.connection_id, operation, "orders", "sales")
-        settings = JobPolicy(**{"poll": 0.03, "timeout": 20.0, **policy})
+        settings = JobPolicy(**{"poll": 0.03, "timeout": 60.0, **policy})
         return await run_job(self.vendor, request, settings, journal=self.journal)
 
     def begin(self, **policy: Any) -> asyncio.Task[JobResult]:
@@ -86,6 +86,11 @@ class Desk:
     def words(self) -> list[str]:
         """What the vendor says of them."""
         return [job.status for job in self.sandbox.airbyte.jobs_of(self.connection_id)]
+
+    @property
+    def looks(self) -> int:
+        """How many GETs have arrived."""
+        return self.sandbox.requests.count(method="GET")
 
     def asked(self, path: str) -> bool:
         """Whether a GET of this path has arrived."""

@@ -56,15 +56,15 @@ def fire_and_forget(log: str) -> None:
     wait_long.map(range(3), log=log)
 
 
-@flow(task_runner=EventLoopTaskRunner(cancel_grace=30))
+@flow(task_runner=EventLoopTaskRunner(cancel_grace=120))
 def stubborn(log: str) -> None:
-    wait_long.map(range(3), log=log, cleanup=25).result()
+    wait_long.map(range(3), log=log, cleanup=100).result()
 
 
 @flow(task_runner=EventLoopTaskRunner(cancel_grace=1))
 def short_grace(log: str) -> None:
-    thread = hold_thread.submit(log, 25)
-    wait_long.map(range(3), log=log, cleanup=25).wait()
+    thread = hold_thread.submit(log, 100)
+    wait_long.map(range(3), log=log, cleanup=100).wait()
     thread.wait()
 
 

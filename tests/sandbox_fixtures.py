@@ -71,7 +71,7 @@ def job_id(client: httpx.Client, name: str, job_type: str = "sync") -> int:
     return started
 
 
-def ended(client: httpx.Client, job: int, within: float = 10.0) -> dict[str, Any]:
+def ended(client: httpx.Client, job: int, within: float = 60.0) -> dict[str, Any]:
     """The job once it is final."""
     return until(
         lambda: client.get(f"/jobs/{job}").json(),
@@ -81,7 +81,7 @@ def ended(client: httpx.Client, job: int, within: float = 10.0) -> dict[str, Any
 
 
 def until(
-    read: Callable[[], dict[str, Any]], enough: Callable[[dict[str, Any]], bool], within: float = 10.0
+    read: Callable[[], dict[str, Any]], enough: Callable[[dict[str, Any]], bool], within: float = 60.0
 ) -> dict[str, Any]:
     """What `read` returns as soon as it is enough."""
     deadline = time.monotonic() + within

@@ -17,7 +17,7 @@ from tests.spec_drives import Drive
 from tests.spec_fixtures import Contract, Slip, read
 
 PREFIX = "/census/api/v1"
-_QUICK = JobPolicy(poll=0.03, timeout=20, outage=5)
+_QUICK = JobPolicy(poll=0.03, timeout=60, outage=60)
 _SCHEMAS = ("components", "schemas")
 _RUN = (*_SCHEMAS, "SyncRun", "properties")
 

@@ -20,7 +20,7 @@ from tests.spec_fixtures import Contract, Slip, read
 
 PREFIX = "/api/v2"
 _ACCOUNT = "/api/v2/accounts/{account_id}"
-_QUICK = JobPolicy(poll=0.03, timeout=20, outage=5)
+_QUICK = JobPolicy(poll=0.03, timeout=60, outage=60)
 _REFUSAL = {
     "description": "",
     "content": {

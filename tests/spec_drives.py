@@ -27,7 +27,7 @@ from tests.jobs_fixtures import until
 from tests.spec_fixtures import BY_HAND
 
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
-QUICK = JobPolicy(poll=0.03, timeout=20, outage=5)
+QUICK = JobPolicy(poll=0.03, timeout=60, outage=60)
 
 
 @dataclass

@@ -24,7 +24,7 @@ pytestmark = [
     # Prefect's, on every line that a task outside of a flow logs.
     pytest.mark.filterwarnings("ignore:.*without a flow run id:UserWarning"),
 ]
-QUICK = JobPolicy(poll=0.05, timeout=20)
+QUICK = JobPolicy(poll=0.05, timeout=60)
 
 
 def sync_of(desk: Desk, **fields: Any) -> AirbyteSync:

@@ -47,7 +47,7 @@ def started(sdk: AirbyteAPI, name: str, job_type: models.JobTypeEnum) -> models.
 
 
 def ended(sdk: AirbyteAPI, job_id: int) -> models.JobResponse:
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while True:
         job = sdk.jobs.get_job(request=api.GetJobRequest(job_id=job_id)).job_response
         assert job is not None

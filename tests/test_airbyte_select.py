@@ -26,7 +26,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*without a flow run id:UserWarning"),
 ]
 IDS = {spec.name: spec.connection_id for spec in catalog.CONNECTIONS}
-QUICK = JobPolicy(poll=0.05, timeout=20)
+QUICK = JobPolicy(poll=0.05, timeout=60)
 
 
 @pytest.fixture(params=["public", "config"])

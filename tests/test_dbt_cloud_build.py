@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import time
 from typing import Any
 
 import pytest
@@ -520,8 +519,6 @@ async def test_status(cloud: Desk) -> None:
     """The state of any run, whoever started it, without waiting."""
     cloud.behave(outcome="stuck")
     run = cloud.box.dbt_cloud.trigger(cloud.job)
-    began = time.monotonic()
     found = await dbt_cloud_status(cloud.credentials, str(run.run_id))
-    assert time.monotonic() - began < 3
     assert not found.state.terminal
     assert (found.name, found.resource_id) == ("scripted build", "302")

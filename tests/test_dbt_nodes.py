@@ -112,7 +112,7 @@ def said(task_run: TaskRun) -> str:
 def log_of(task_run: TaskRun, enough: str) -> list[str]:
     """The lines under a task run, once one of them has these words: they are sent every two seconds."""
     wanted = LogFilter(task_run_id=LogFilterTaskRunId(any_=[task_run.id]))
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     with get_client(sync_client=True) as client:
         while True:
             lines = [line.message for line in client.read_logs(log_filter=wanted)]

@@ -28,9 +28,11 @@ from flows import build_project
 from tasks.dbt import memory
 from tasks.dbt.memory import BuildRecord, Recorder, read_records
 from tasks.dbt_core import DbtBuildFailed, DbtInputError, DbtNode, DbtResult, DbtState, dbt_build
-from tests.dbt_project import Project
+from tests.dbt_project import Project, dbt_starts
 from tests.flows_fixtures import Runs
 from tests.test_dbt_core import ENDLESS
+
+__all__ = ["dbt_starts"]
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
@@ -174,19 +176,22 @@ def test_a_retry_has_the_variables_of_the_build_that_it_retries(twice: Twice) ->
         assert db.execute("select no_limit, note from below").fetchone() == (True, "mine: {still}")
 
 
-def test_a_retry_can_be_retried_and_one_that_left_nothing_does_nothing(twice: Twice) -> None:
+def test_a_retry_can_be_retried_and_one_that_left_nothing_does_nothing(
+    twice: Twice, dbt_starts: list[Any]
+) -> None:
     """The record of a retry has what was done before it; dbt is not even started."""
-    began = time.monotonic()
     state = build_project(dbt=twice.project.core(), retry_of=twice.second_id, return_state=True)
     assert (state.name, state.message) == (
         "NothingToRetry",
         f"flow run {twice.second_id} left nothing undone: every node succeeded",
     )
-    assert time.monotonic() - began < 3
+    assert dbt_starts == []
 
 
 @pytest.mark.parametrize("which", ["unknown", "another project", "both ways", "engine"])
-def test_what_can_not_be_retried_is_refused(twice: Twice, tmp_path: Path, which: str) -> None:
+def test_what_can_not_be_retried_is_refused(
+    twice: Twice, tmp_path: Path, dbt_starts: list[Any], which: str
+) -> None:
     """With what is wrong about it, before dbt starts."""
     dbt, more, sentence = twice.project.core(), {}, ""
     if which == "unknown":
@@ -201,6 +206,7 @@ def test_what_can_not_be_retried_is_refused(twice: Twice, tmp_path: Path, which:
         dbt, sentence = twice.project.core(engine="prefect-dbt"), "Only with engine='subprocess'"
     with pytest.raises(DbtInputError, match=sentence):
         build_project(**{"dbt": dbt, "retry_of": twice.first_id, **more})
+    assert dbt_starts == []
 
 
 # -- in the same run ----------------------------------------------------------------------------------------
@@ -250,10 +256,8 @@ def test_a_warehouse_in_memory_is_built_again_from_the_beginning(
 
 def test_what_no_retry_mends_is_not_tried_again(tmp_path: Path) -> None:
     """Retries are for what may pass: with a wrong folder or selection the first attempt is the last."""
-    began = time.monotonic()
     with pytest.raises(DbtInputError, match="does not exist: set project_dir to the right one"):
-        build_project(dbt=Project(tmp_path).core(project_dir=tmp_path / "nowhere"), retry_delay=60)
-    assert time.monotonic() - began < 30
+        build_project(dbt=Project(tmp_path).core(project_dir=tmp_path / "nowhere"), retry_delay=3600)
 
 
 # -- killed -------------------------------------------------------------------------------------------------

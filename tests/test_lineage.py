@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytest
@@ -159,15 +158,23 @@ def test_exclude_selectors_leave_out_everything_below_a_source(lineage: Lineage)
     ]
 
 
-def test_ten_thousand_nodes_are_walked_in_a_moment() -> None:
-    """A chain and a fan of 10,000 models is walked in well under 50 ms."""
+class Counted(dict[str, list[str]]):
+    """Children, and how often they were asked for."""
+
+    asked = 0
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.asked += 1
+        return super().get(key, default)
+
+
+def test_ten_thousand_nodes_are_walked_once() -> None:
+    """A chain and a fan of 10,000 models is walked, however deep, and no model twice."""
     nodes = {"model.x.m0": node("m0")}
     for i in range(1, 10_000):
         nodes[f"model.x.m{i}"] = node(f"m{i}", f"model.x.m{i - 1}", f"model.x.m{i // 2}")
     lineage = Lineage.from_manifest(manifest(nodes=nodes))
-    took = []
-    for _ in range(5):
-        started = time.perf_counter()
-        assert len(lineage.downstream(["model.x.m0"])) == 9_999
-        took.append(time.perf_counter() - started)
-    assert min(took) < 0.05
+    children = Counted(lineage._children)
+    object.__setattr__(lineage, "_children", children)  # it is frozen
+    assert len(lineage.downstream(["model.x.m0"])) == 9_999
+    assert children.asked == 10_000

@@ -29,6 +29,7 @@ from prefect.states import Completed
 from prefect.utilities.annotations import quote
 
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
+from tests.jobs_fixtures import until
 
 HERE = Path(__file__).parent
 
@@ -65,21 +66,21 @@ def test_async_tasks_share_a_loop_a_thread_and_a_client() -> None:
 
 
 def test_waits_overlap() -> None:
-    """Fifty one-second waits take about one second, not fifty."""
+    """Fifty tasks wait at the same time: each of them until all have begun."""
+    waiting = 0
 
     @task
     async def wait(number: int) -> int:
-        await asyncio.sleep(1)
+        nonlocal waiting
+        waiting += 1
+        await until(lambda: waiting == 50)
         return number
 
     @flow(task_runner=EventLoopTaskRunner())
-    def run() -> tuple[list[int], float]:
-        start = time.monotonic()
-        return wait.map(range(50)).result(), time.monotonic() - start
+    def run() -> list[int]:
+        return wait.map(range(50)).result()
 
-    results, seconds = run()
-    assert results == list(range(50))
-    assert seconds < 8
+    assert run() == list(range(50))
 
 
 def test_sync_tasks_run_on_few_threads() -> None:
@@ -186,7 +187,7 @@ def test_a_waiting_task_holds_no_slot() -> None:
         first = double.submit(gate)
         second = double.submit(first)
         open_gate.submit().wait(10)
-        return second.result(timeout=10)
+        return second.result(timeout=90)
 
     assert run() == 20
 
@@ -194,29 +195,26 @@ def test_a_waiting_task_holds_no_slot() -> None:
 def test_dependencies_do_not_block_the_loop() -> None:
     """While tasks wait for a slow upstream, the other tasks on the loop go on."""
 
-    @task
-    def slow() -> int:
-        time.sleep(1)
-        return 1
+    others_are_done = threading.Event()
 
     @task
-    async def longest_pause() -> float:
-        longest, last = 0.0, time.monotonic()
-        for _ in range(80):
-            await asyncio.sleep(0.01)
-            longest, last = max(longest, time.monotonic() - last), time.monotonic()
-        return longest
+    def slow() -> bool:
+        return others_are_done.wait(60)
+
+    @task
+    async def go_on() -> None:
+        await asyncio.sleep(0.01)
 
     @flow(task_runner=EventLoopTaskRunner())
-    def run() -> tuple[list[int], float]:
+    def run() -> list[int]:
         upstream = slow.submit()
         waiting = [double.submit(upstream) for _ in range(5)]
-        pause = longest_pause.submit()
-        return [future.result() for future in waiting], pause.result()
+        for _ in range(5):
+            go_on.submit().wait()
+        others_are_done.set()
+        return [future.result() for future in waiting]
 
-    results, pause = run()
-    assert results == [2] * 5
-    assert pause < 0.6
+    assert run() == [2] * 5
 
 
 def test_inputs_keep_prefects_semantics() -> None:
@@ -269,7 +267,7 @@ def test_tasks_may_call_and_submit_tasks() -> None:
 
     @flow(task_runner=EventLoopTaskRunner(max_concurrency=1))
     def run() -> tuple[int, int]:
-        return parent.submit().result(timeout=20)
+        return parent.submit().result(timeout=90)
 
     assert run() == (2, 4)
 
@@ -283,11 +281,11 @@ def test_sync_parents_can_wait_for_sync_children() -> None:
 
     @task
     def parent(number: int) -> int:
-        return child.submit(number).result(timeout=20)
+        return child.submit(number).result(timeout=90)
 
     @flow(task_runner=EventLoopTaskRunner(max_threads=2, max_concurrency=2))
     def run() -> list[int]:
-        return parent.map([1, 2, 3]).result(timeout=30)
+        return parent.map([1, 2, 3]).result(timeout=90)
 
     assert run() == [2, 3, 4]
 
@@ -310,7 +308,7 @@ def test_blocking_the_loop_is_refused(block: Callable[[Any], object]) -> None:
 
     @flow(task_runner=EventLoopTaskRunner())
     def run() -> None:
-        parent.submit().result(timeout=20)
+        parent.submit().result(timeout=90)
 
     with pytest.raises(RuntimeError, match="result_async"):
         run()
@@ -514,10 +512,8 @@ def test_interrupt_reaches_every_task(
     """Ctrl-C and SIGTERM cancel every running task and say why; queued ones never start."""
     with script(name, tmp_path) as run:
         run.wait_for("start", tasks)
-        start = time.monotonic()
         run.process.send_signal(signum)
-        run.process.wait(20)
-        assert time.monotonic() - start < 10
+        run.process.wait(60)  # half of what they would sleep
         events = run.events()
     assert events["start"] == events[f"told {why}"] == events["clean"] == tasks
     assert events["loop-exit"] == 1
@@ -529,7 +525,7 @@ def test_doubled_ctrl_c_still_lets_tasks_clean_up(tmp_path: Path) -> None:
         run.wait_for("start", 30)
         run.process.send_signal(signal.SIGINT)
         run.process.send_signal(signal.SIGINT)
-        run.process.wait(30)
+        run.process.wait(60)
         assert run.events()["clean"] == 30
 
 
@@ -540,10 +536,8 @@ def test_another_ctrl_c_stops_waiting(tmp_path: Path) -> None:
         run.process.send_signal(signal.SIGINT)
         run.wait_for("told cancelled", 3)
         time.sleep(1)
-        start = time.monotonic()
         run.process.send_signal(signal.SIGINT)
-        run.process.wait(15)
-        assert time.monotonic() - start < 10
+        run.process.wait(60)
         assert run.events()["clean"] == 0
 
 
@@ -552,10 +546,8 @@ def test_clean_up_has_a_bound(tmp_path: Path) -> None:
     with script("short_grace", tmp_path) as run:
         run.wait_for("start", 3)
         run.wait_for("start thread", 1)
-        start = time.monotonic()
         run.process.send_signal(signal.SIGINT)
-        run.process.wait(20)
-        assert time.monotonic() - start < 12
+        run.process.wait(60)
         events = run.events()
     assert events["told cancelled"] == 3
     assert events["clean"] == events["end thread"] == 0

@@ -22,7 +22,7 @@ def sync(desk: Desk) -> AirbyteSync:
     return AirbyteSync(
         server=desk.vendor._server,
         connection_id=desk.connection_id,
-        policy=JobPolicy(poll=0.05, timeout=20),
+        policy=JobPolicy(poll=0.05, timeout=60),
     )
 
 
@@ -48,7 +48,7 @@ async def test_killed_while_the_vendor_thinks(desk: Desk, monkeypatch: pytest.Mo
     desk.behave(duration=1)
     desk.fault(kind="delay", delay=2.0, method="POST", path="/jobs$")
     async with killed(desk) as run:
-        await until(lambda: desk.posts > 0, within=60)
+        await until(lambda: desk.posts > 0)
     assert desk.jobs == []
     monkeypatch.setattr(AirbyteVendor, "grace", 5.0)
     result = await run_again(run)
@@ -62,7 +62,7 @@ async def test_killed_while_looking_for_a_lost_start(desk: Desk) -> None:
     desk.fault(kind="drop_after", method="POST", path="/jobs$")
     listing = desk.fault(kind="drop", method="GET", path="/jobs$")
     async with killed(desk) as run:
-        await until(lambda: desk.asked("/jobs$"), within=60)
+        await until(lambda: desk.asked("/jobs$"))
     (entry,) = await read_entries(run)
     assert (entry.open, entry.handle) == (True, None)
     desk.sandbox.faults.remove(listing)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import boto3
@@ -20,6 +20,7 @@ from prefect_aws import AwsCredentials, MinIOCredentials, S3Bucket
 from prefect_aws.client_parameters import AwsClientParameters
 
 import blocks.s3
+import tasks.s3
 from blocks.reference import BlockNotFound
 from blocks.s3 import BucketClient
 from tasks.jobs import InputError
@@ -160,20 +161,20 @@ async def test_the_same_with_minio(store: Store) -> None:
 # -- wait
 
 
-async def test_waiting_holds_no_thread(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_waiting_holds_no_thread(store: Store, asked: list[str]) -> None:
     """Fifty waits for a file that comes later hold no thread between their looks."""
     before = threading.active_count()
     most = 0
 
     async def watch() -> None:
         nonlocal most
-        await asyncio.sleep(0.6)  # all have looked, none has found
+        await until(lambda: len(asked) >= 50)  # all have looked, none has found
         most = threading.active_count()
         store.put("in/late.csv")
 
     bucket = store.block()
     found, *_ = await asyncio.gather(
-        *(s3_wait_for(bucket, "in/", pattern="*.csv", poll=0.8, timeout=20) for _ in range(50)), watch()
+        *(s3_wait_for(bucket, "in/", pattern="*.csv", poll=0.8, timeout=60) for _ in range(50)), watch()
     )
     assert [there.key for there in found] == ["in/late.csv"]
     # Ten of ours, which are kept for the next look, and those of the server that has them served.
@@ -191,8 +192,8 @@ async def test_waiting_for_more(store: Store) -> None:
             await asyncio.to_thread(store.put, key)
 
     three, marker, _ = await asyncio.gather(
-        s3_wait_for(bucket, "in/", min_objects=3, poll=0.05, timeout=10),
-        s3_wait_for(bucket, keys=["in/1.csv", "done/_SUCCESS"], poll=0.05, timeout=10),
+        s3_wait_for(bucket, "in/", min_objects=3, poll=0.05, timeout=60),
+        s3_wait_for(bucket, keys=["in/1.csv", "done/_SUCCESS"], poll=0.05, timeout=60),
         deliver(),
     )
     assert [there.key for there in three] == ["in/1.csv", "in/2.csv", "in/3.csv"]
@@ -203,7 +204,7 @@ async def test_many_keys_take_one_list(store: Store, asked: list[str]) -> None:
     """More than a few keys are looked for with one list."""
     keys = [f"in/{n}.csv" for n in range(30)]
     store.put(*keys, "in/other.csv")
-    found = await s3_wait_for(store.block(), keys=keys, poll=0.05, timeout=5)
+    found = await s3_wait_for(store.block(), keys=keys, poll=0.05, timeout=60)
     assert sorted(there.key for there in found) == sorted(keys)
     assert asked.count("list_objects_v2") == 1
 
@@ -215,41 +216,45 @@ async def test_a_key_that_begins_like_another(store: Store) -> None:
         await s3_wait_for(store.block(), keys=["in/1.csv"], poll=0.05, timeout=0.2)
 
 
-async def test_settling(store: Store) -> None:
+class Looks:
+    """A clock on which there is a second between two looks, and what happens before each of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, happens: Callable[[int], None]) -> None:
+        self.count = 0
+        look = tasks.s3._Arrival.look
+
+        async def next_look(wait: Any) -> list[S3Object]:
+            self.count += 1
+            await asyncio.to_thread(happens, self.count)
+            return await look(wait)
+
+        monkeypatch.setattr(tasks.s3._Arrival, "look", next_look)
+        monkeypatch.setattr(tasks.s3, "time", SimpleNamespace(monotonic=lambda: float(self.count)))
+
+
+async def test_settling(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Objects that still come or grow are waited for until they have been still for a while."""
     store.put("in/1.csv")
-    began = time.monotonic()
 
-    async def grow() -> None:
-        await asyncio.sleep(0.2)
-        await asyncio.to_thread(store.put, "in/1.csv", body=b"xx")
-        await asyncio.sleep(0.2)
-        await asyncio.to_thread(store.put, "in/2.csv")
+    def grow(look: int) -> None:
+        if look == 3:
+            store.put("in/1.csv", body=b"xx")
+        elif look == 5:
+            store.put("in/2.csv")
 
-    found, _ = await asyncio.gather(
-        s3_wait_for(store.block(), "in/", settle=0.5, poll=0.05, timeout=10), grow()
-    )
+    with monkeypatch.context() as patch:
+        looks = Looks(patch, grow)
+        found = await s3_wait_for(store.block(), "in/", settle=5, poll=0.01, timeout=60)
     assert [(there.key, there.size) for there in found] == [("in/1.csv", 2), ("in/2.csv", 1)]
-    assert time.monotonic() - began > 0.85
+    assert looks.count == 10
 
 
-async def test_what_is_never_still_is_late(store: Store) -> None:
+async def test_what_is_never_still_is_late(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """What changes until the timeout is said to be changing, not to be missing."""
-    writing = True
-
-    async def write() -> None:
-        n = 0
-        while writing:
-            n += 1
-            await asyncio.to_thread(store.put, "in/1.csv", body=b"x" * n)
-            await asyncio.sleep(0.05)
-
-    writer = asyncio.create_task(write())
-    await asyncio.sleep(0.1)
-    with pytest.raises(S3Timeout, match=r"still changing after 0\.8 s \(1 there\)") as caught:
-        await s3_wait_for(store.block(), "in/", settle=0.4, poll=0.05, timeout=0.8)
-    writing = False
-    await writer
+    with monkeypatch.context() as patch:
+        Looks(patch, lambda look: store.put("in/1.csv", body=b"x" * look))
+        with pytest.raises(S3Timeout, match=r"still changing after 8 s \(1 there\)") as caught:
+            await s3_wait_for(store.block(), "in/", settle=4, poll=0.01, timeout=8)
     assert [there.key for there in caught.value.found] == ["in/1.csv"]
 
 
@@ -276,7 +281,7 @@ async def test_a_bad_minute_is_borne(store: Store, monkeypatch: pytest.MonkeyPat
         return await original(self, operation, *args, **kwargs)
 
     monkeypatch.setattr(BucketClient, "_in_thread", flaky)
-    assert len(await s3_wait_for(store.block(), "in/", poll=0.05, timeout=10)) == 1
+    assert len(await s3_wait_for(store.block(), "in/", poll=0.05, timeout=60)) == 1
     assert caplog.text.count("SlowDown") == 1
 
 
@@ -551,10 +556,11 @@ def test_an_error_is_one_line(store: Store, caplog: Any, capfd: Any) -> None:
 async def test_cancelled_in_a_request(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cancellation does not wait for a request that hangs."""
     entered, leave = threading.Event(), threading.Event()
+    waited_out: list[bool] = []
 
     def hang(*_: Any, **__: Any) -> None:
         entered.set()
-        leave.wait(10)
+        waited_out.append(not leave.wait(60))
 
     async def stuck(_: BucketClient) -> Any:
         return type("Client", (), {"list_objects_v2": staticmethod(hang)})
@@ -562,9 +568,8 @@ async def test_cancelled_in_a_request(store: Store, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(BucketClient, "_client", stuck)
     listing = asyncio.create_task(s3_list(store.block()))  # type: ignore[arg-type]
     await until(entered.is_set)
-    began = time.monotonic()
     listing.cancel()
     with pytest.raises(asyncio.CancelledError):
         await listing
-    assert time.monotonic() - began < 2
+    assert waited_out == []
     leave.set()

@@ -77,10 +77,10 @@ def test_wrong_secret_is_refused(box: Sandbox) -> None:
 
 def test_token_expires_and_requests_are_counted(box: Sandbox, airbyte: httpx.Client) -> None:
     """A token is worth nothing after its lifetime, or once revoked; token requests are counted."""
-    box.airbyte.settings.token_seconds = 0.2
-    airbyte.headers["authorization"] = f"Bearer {new_token(airbyte)}"
     assert airbyte.get("/jobs").status_code == 200
-    time.sleep(0.25)
+    box.airbyte.settings.token_seconds = 0.05
+    airbyte.headers["authorization"] = f"Bearer {new_token(airbyte)}"
+    time.sleep(0.1)
     reply = airbyte.get("/jobs")
     assert (reply.status_code, reply.json()["title"]) == (401, "invalid-api-key")
     box.airbyte.settings.token_seconds = 60
@@ -107,7 +107,7 @@ def test_basic_auth_and_no_auth(box: Sandbox) -> None:
 
 def test_sync_loads_every_real_flight(box: Sandbox, airbyte: httpx.Client) -> None:
     """A sync of flights lands all 336,776 rows with their types and Airbyte's own columns."""
-    reply = ended(airbyte, job_id(airbyte, "flights"), within=20)
+    reply = ended(airbyte, job_id(airbyte, "flights"))
     assert (reply["status"], reply["rowsSynced"]) == ("succeeded", 336_776)
     assert reply["bytesSynced"] > 30_000_000
     described = dict(row[:2] for row in query(box, "DESCRIBE raw_flights.flights"))
@@ -433,12 +433,13 @@ def test_next_link_is_as_useless_as_the_real_one(airbyte: httpx.Client, many: li
 
 def test_fresh_job_can_be_missing_from_the_list(box: Sandbox, airbyte: httpx.Client) -> None:
     """With a visibility delay, a job that was just started is not in the list at first."""
-    box.airbyte.set("airlines", visibility_delay=0.4)
+    box.airbyte.set("airlines", visibility_delay=300)
     job = job_id(airbyte, "airlines")
     assert listed(airbyte) == []
     assert airbyte.get(f"/jobs/{job}").status_code == 200
-    time.sleep(0.45)
-    assert listed(airbyte) == [job]
+    box.airbyte.set("weather", visibility_delay=0.1)
+    other = job_id(airbyte, "weather")
+    until(lambda: {"listed": listed(airbyte)}, lambda found: found["listed"] == [other])
 
 
 def test_unknown_job_is_not_found(airbyte: httpx.Client) -> None:

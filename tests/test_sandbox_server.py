@@ -20,6 +20,7 @@ import httpx
 import pytest
 
 from sandbox import Sandbox, catalog
+from tests.jobs_fixtures import until as happened
 from tests.sandbox_fixtures import (
     IDS,
     airbyte,
@@ -39,46 +40,40 @@ __all__ = ["airbyte", "box", "control", "hightouch", "sources"]
 # -- life --
 
 
-def test_start_and_stop_are_quick_and_wait_for_nothing(tmp_path: Path) -> None:
-    """With a stuck job, a request that hangs and a client that idles, stopping takes less than 0.3 s."""
-    began = time.monotonic()
+def test_stopping_waits_for_nothing(tmp_path: Path) -> None:
+    """Neither for a stuck job, nor for a request that hangs, which is cut, nor for a client that idles."""
     box = Sandbox(tmp_path).start()
-    assert time.monotonic() - began < 0.3
     box.airbyte.settings.auth = "none"
     box.airbyte.set("airlines", outcome="stuck")
     outcomes: list[str] = []
 
     def hang() -> None:
         try:
-            httpx.get(f"{box.airbyte_url}/tags", timeout=20)
+            httpx.get(f"{box.airbyte_url}/tags", timeout=300)
         except httpx.TransportError as exc:
             outcomes.append(type(exc).__name__)
 
     with httpx.Client(base_url=box.airbyte_url) as client:
         start(client, "airlines").raise_for_status()
-        box.faults.add(kind="delay", delay=60, path="/tags$")
+        box.faults.add(kind="delay", delay=300, path="/tags$")
         hanging = threading.Thread(target=hang)
         hanging.start()
         until(lambda: {"n": box.requests.count(path="/tags$")}, lambda found: found["n"] == 1)
-        began = time.monotonic()
         box.stop()
-        assert time.monotonic() - began < 0.3
-        hanging.join(5)
+        hanging.join(60)
         assert outcomes == ["RemoteProtocolError"]
         with pytest.raises(httpx.TransportError):
             client.get("/health")
 
 
 def test_stop_in_mid_load_leaves_no_trace(sources: Path, tmp_path: Path) -> None:
-    """Stopping while the flights are loading takes less than 0.3 s and leaves no half-loaded table."""
+    """Stopping while the flights are loading leaves no half-loaded table, then and later."""
     box = Sandbox(sources, warehouse=tmp_path / "warehouse.duckdb", job_seconds=0.1).start()
     box.airbyte.settings.auth = "none"
     with httpx.Client(base_url=box.airbyte_url) as client:
         job_id(client, "flights")
     time.sleep(0.3)
-    began = time.monotonic()
     box.stop()
-    assert time.monotonic() - began < 0.3
     time.sleep(0.3)
     with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as db:
         assert db.execute("SELECT count(*) FROM information_schema.tables").fetchone() == (0,)
@@ -107,13 +102,11 @@ async def test_many_clients_are_served(box: Sandbox) -> None:
         await writer.wait_closed()
         return replies
 
-    began = time.monotonic()
     found = await asyncio.gather(*(client() for _ in range(500)))
     assert {reply for replies in found for reply in replies} == {
         b'HTTP/1.1 200 OK{"data":[],"previous":"","next":""}'
     }
     assert box.requests.count(vendor="airbyte") == 1500
-    assert time.monotonic() - began < 5
 
 
 # -- faults --
@@ -188,13 +181,22 @@ def test_replies_can_be_damaged(box: Sandbox, airbyte: httpx.Client) -> None:
 
 
 def test_reply_can_be_late(box: Sandbox, airbyte: httpx.Client) -> None:
-    """A delay holds one request back and leaves others alone."""
+    """A delay holds a request back for so long."""
     box.faults.add(kind="delay", delay=0.3, path="/tags$")
     began = time.monotonic()
-    assert airbyte.get("/connections").status_code == 200
-    assert time.monotonic() - began < 0.3
     assert airbyte.get("/tags").status_code == 200
     assert time.monotonic() - began >= 0.3
+
+
+async def test_late_reply_holds_up_no_other(box: Sandbox, airbyte: httpx.Client) -> None:
+    """While one request is held back, others are answered."""
+    fault = box.faults.add(kind="delay", delay=300, path="/tags$")
+    async with httpx.AsyncClient(base_url=airbyte.base_url, headers=airbyte.headers) as client:
+        late = asyncio.create_task(client.get("/tags"))
+        await happened(lambda: box.faults.hits(fault) == 1)
+        assert (await client.get("/connections")).status_code == 200
+        assert not late.done()
+        late.cancel()
 
 
 def test_fault_can_skip_count_and_expire(box: Sandbox, airbyte: httpx.Client) -> None:
@@ -206,9 +208,11 @@ def test_fault_can_skip_count_and_expire(box: Sandbox, airbyte: httpx.Client) ->
     counted = box.faults.add(kind="status", after=1, times=2)
     assert codes(5) == [200, 503, 503, 200, 200]
     assert box.faults.hits(counted) == 2
-    box.faults.add(kind="status", status=500, seconds=0.3)
+    lasting = box.faults.add(kind="status", status=500, seconds=300)
     assert codes(2) == [500, 500]
-    time.sleep(0.35)
+    box.faults.remove(lasting)
+    box.faults.add(kind="status", status=500, seconds=0.05)
+    time.sleep(0.1)
     assert codes(1) == [200]
 
 
@@ -226,7 +230,7 @@ def test_fault_hits_only_what_fits(box: Sandbox, airbyte: httpx.Client, hightouc
 def test_outage_refuses_connections_and_ends(box: Sandbox, airbyte: httpx.Client) -> None:
     """During an outage a connect is refused, on open connections too; jobs go on; then all is as before."""
     job = job_id(airbyte, "airlines")
-    box.outage(0.4)
+    box.outage(2)
     began = time.monotonic()
     with pytest.raises(httpx.ConnectError):
         airbyte.get(f"/jobs/{job}")
@@ -239,7 +243,7 @@ def test_outage_refuses_connections_and_ends(box: Sandbox, airbyte: httpx.Client
         return reply
 
     assert until(read, lambda found: found["status"] == "succeeded")["jobId"] == job
-    assert time.monotonic() - began >= 0.4
+    assert time.monotonic() - began >= 2
     box.pause()
     with pytest.raises(httpx.ConnectError):
         airbyte.get(f"/jobs/{job}")
@@ -352,12 +356,16 @@ def test_connections_are_added_in_bulk(control: httpx.Client, airbyte: httpx.Cli
 
 def test_outage_is_announced_before_it_begins(control: httpx.Client) -> None:
     """The reply to an outage request still arrives; then connections are refused, then served again."""
-    assert control.post("/outage", json={"seconds": 0.4}).json() == {"seconds": 0.4}
-    time.sleep(0.2)
-    with pytest.raises(httpx.ConnectError):
-        control.get("/state")
-    time.sleep(0.5)
-    assert control.get("/state").status_code == 200
+
+    def served() -> dict[str, Any]:
+        try:
+            return {"status": control.get("/state").status_code}
+        except httpx.ConnectError:
+            return {"status": None}
+
+    assert control.post("/outage", json={"seconds": 2}).json() == {"seconds": 2}
+    until(served, lambda found: found["status"] is None)
+    until(served, lambda found: found["status"] == 200)
 
 
 @pytest.mark.parametrize(
@@ -452,7 +460,7 @@ def test_command_serves_until_interrupted(served: subprocess.Popen[str]) -> None
     assert base is not None
     assert httpx.get(f"{base[1]}/health").status_code == 200
     served.send_signal(signal.SIGINT)
-    rest, errors = served.communicate(timeout=5)
+    rest, errors = served.communicate(timeout=60)
     assert (served.returncode, rest.strip(), errors) == (0, "The sandbox has stopped.", "")
 
 
@@ -465,7 +473,7 @@ def test_command_ends_well_in_mid_load(served: subprocess.Popen[str]) -> None:
         job_id(client, "flights")
     time.sleep(0.9)
     served.send_signal(signal.SIGINT)
-    _, errors = served.communicate(timeout=10)
+    _, errors = served.communicate(timeout=60)
     assert (served.returncode, errors) == (0, "")
 
 

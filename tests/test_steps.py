@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -286,8 +285,6 @@ def test_a_step_can_be_tried_again(tmp_path: Path) -> None:
         step = ShellStep(commands=[f"echo x >> {tries}", f"test $(wc -l < {tries}) -ge 2"], retries=1)
         return await run_step.with_options(**step.task_options)(step, "0")
 
-    began = time.monotonic()
     result: Any = asyncio.run(one())  # type: ignore[arg-type]  # Prefect's types of an async flow
     assert result.state is JobState.SUCCEEDED
     assert tries.read_text() == "x\nx\n"
-    assert time.monotonic() - began < 60
