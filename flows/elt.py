@@ -144,8 +144,7 @@ def _run_all(
     jobs = run_each(syncs)
     gate = Gate(plan, syncs, jobs)
     looked = look_at_gates(gates, jobs, transform, plan, gate.late_sources)
-    if looked.findings:
-        gate = Gate(plan, syncs, jobs, looked.findings)
+    gate.stay_shut(looked.findings)
     steps = [*steps_of(jobs), *looked.steps]
     nodes: list[DbtNode] = []
     if transform and plan:

@@ -24,13 +24,12 @@ class Gate:
         plan: What dbt would run, with the lineage; None for a chain without a transform.
         checked: The connections of the run.
         outcomes: How their syncs ended, in the same order.
-        findings: For which of them a gate stays shut: what is built on these is held back too.
     """
 
     plan: DbtPlan | None
     checked: Sequence[Checked[Any]]
     outcomes: Sequence[JobResult]
-    findings: Sequence[Finding] = ()
+    findings: Sequence[Finding] = field(default=(), init=False)
     failed_nodes: list[str] = field(default_factory=list)
     skipped_nodes: list[str] = field(default_factory=list)
     transform_trouble: str | None = None
@@ -51,13 +50,22 @@ class Gate:
                 if self.plan
                 else set()
             )
-        shut = {(finding.vendor, finding.resource_id) for finding in self.findings}
+        self.late = [job for job in self.outcomes if not job.good]
+
+    def stay_shut(self, findings: Sequence[Finding]) -> None:
+        """Hold back, too, what is built on connections and dbt sources that something was found about."""
+        self.findings = findings
+        shut = {(finding.vendor, finding.resource_id) for finding in findings}
         self.late = [job for job in self.outcomes if not job.good or (job.vendor, job.resource_id) in shut]
-        for finding in self.findings:
+        for finding in findings:
             if finding.vendor == SOURCE:
                 self._sources[SOURCE, finding.resource_id] = {finding.resource_id}
                 self.late.append(_stale(finding))
-        self.late_sources: set[str] = set().union(*map(self.sources_of, self.late))
+
+    @property
+    def late_sources(self) -> set[str]:
+        """The dbt sources whose data is late, or is not what it should be."""
+        return set().union(*map(self.sources_of, self.late))
 
     def sources_of(self, job: JobResult | Step) -> set[str]:
         """The dbt sources that a sync fills."""
