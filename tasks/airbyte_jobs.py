@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Literal, cast
 
 from blocks.airbyte import AirbyteServer
@@ -15,6 +14,7 @@ from blocks.airbyte_model import AirbyteApi, Connection, Job, Operation, Refresh
 from blocks.http import ConflictError, VendorError
 from blocks.reference import block_name
 from tasks.jobs import (
+    AccountVendor,
     AlreadyRunning,
     InputError,
     Intent,
@@ -22,6 +22,7 @@ from tasks.jobs import (
     JobRequest,
     JobState,
     JobStatus,
+    PlainRequest,
     StreamResult,
 )
 
@@ -40,18 +41,14 @@ _AT_ONCE = 10
 
 
 @dataclass(frozen=True)
-class AirbyteRequest:
+class AirbyteRequest(PlainRequest):
     """A job of a connection, as the engine takes it."""
 
-    resource_id: str
-    operation: str
-    name: str
-    owner: str | None = None
     mode: RefreshMode = "Merge"  # of a refresh, as the streams
     streams: tuple[Stream, ...] = ()
 
 
-class AirbyteVendor:
+class AirbyteVendor(AccountVendor[AirbyteClient]):
     """Airbyte's jobs for the engine."""
 
     name = "airbyte"
@@ -59,28 +56,13 @@ class AirbyteVendor:
     grace = 5.0
 
     def __init__(self, server: AirbyteServer) -> None:
+        super().__init__(server.client, server.account, block_name(server, AirbyteServer))
         self._server = server
-        self._client: AirbyteClient | None = None
         self._explained: dict[str, Job] = {}  # by job id, as it was when its attempts were last asked for
-        self.account: Hashable = server.account
-        self.block = block_name(server, AirbyteServer)
-
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Keep the account's client open."""
-        async with self._server.client() as self._client:
-            yield
-
-    def theirs(self, moment: datetime) -> datetime:
-        """A moment of our clock on Airbyte's."""
-        return self._client.theirs(moment) if self._client else moment
-
-    async def baseline(self, request: AirbyteRequest) -> None:
-        """Nothing: a job has an id."""
 
     async def start(self, request: AirbyteRequest, intent: Intent) -> JobHandle:
         """Start a sync, clear, reset or refresh. Airbyte has no place for a marker."""
-        async with self._server.client() as client:
+        async with self._connect() as client:
             api = await client.api()
             connection = await api.connection(request.resource_id)
             if connection.status != "active":  # as far as we remember
@@ -126,7 +108,7 @@ class AirbyteVendor:
         """Lists of the newest jobs, a hundred a request; one by one only what they do not show."""
         wanted = {handle.job_id for handle in handles}
         seen: dict[str, Job] = {}
-        async with self._server.client() as client:
+        async with self._connect() as client:
             api = await client.api()
             if len(wanted) > _FEW:
                 since = min(handle.started_at for handle in handles) - _WINDOW
@@ -193,7 +175,7 @@ class AirbyteVendor:
         Raises:
             NotFoundError: There is none with this id.
         """
-        async with self._server.client() as client:
+        async with self._connect() as client:
             api = await client.api()
             job = await api.job(job_id)
             connection = await api.connection(job.connection_id)

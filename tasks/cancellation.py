@@ -9,7 +9,7 @@ from prefect import Flow
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.logging.loggers import flow_run_logger
 
-from tasks.jobs import Entry, JobResult, JobState, RunJournal, cancel_job
+from tasks.jobs import Entry, JobResult, JobState, PlainRequest, RunJournal, cancel_job
 from tasks.tools import VENDORS
 
 _AT_ONCE = 20
@@ -51,17 +51,12 @@ async def _cancel(entry: Entry) -> str:
     try:
         vendor = await VENDORS[entry.vendor](entry.block)
         async with vendor.session():
-            handle = entry.handle or await vendor.find(_Request(entry), entry)
+            handle = entry.handle or await vendor.find(_request(entry), entry)
             return await cancel_job(vendor, handle) if handle else "no job was started"
     except Exception as error:  # noqa: BLE001 - whatever it is, the other jobs are to be cancelled all the same
         return f"it could not be cancelled and may go on ({error})"
 
 
-class _Request:
+def _request(entry: Entry) -> PlainRequest:
     """As much of a request as the journal keeps."""
-
-    def __init__(self, entry: Entry) -> None:
-        self.resource_id = entry.resource_id
-        self.operation = entry.key.split(":")[1]
-        self.name = entry.name
-        self.owner: str | None = None
+    return PlainRequest(entry.resource_id, entry.key.split(":")[1], entry.name)

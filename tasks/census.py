@@ -6,9 +6,8 @@ Vendor documentation: https://developers.getcensus.com/api-reference
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -27,6 +26,7 @@ from blocks.census import CensusApi, CensusCredentials, Sync, SyncRun
 from blocks.http import NotFoundError, VendorError
 from blocks.reference import block_name, load_block, stored_block
 from tasks.jobs import (
+    AccountVendor,
     AlreadyRunning,
     Checked,
     InputError,
@@ -37,6 +37,7 @@ from tasks.jobs import (
     JobResult,
     JobState,
     JobStatus,
+    PlainRequest,
     Sweep,
     Tool,
     ToolParameters,
@@ -103,17 +104,7 @@ class CensusSync(ToolParameters):
         return self.name or self.sync_id
 
 
-@dataclass(frozen=True)
-class CensusRequest:
-    """A run of a sync, as the engine takes it."""
-
-    resource_id: str
-    operation: str
-    name: str
-    owner: str | None
-
-
-class CensusVendor:
+class CensusVendor(AccountVendor[CensusApi]):
     """Census's runs for the engine."""
 
     name = "census"
@@ -121,28 +112,13 @@ class CensusVendor:
     grace = 10.0
 
     def __init__(self, credentials: CensusCredentials) -> None:
+        super().__init__(credentials.api, credentials.account, block_name(credentials, CensusCredentials))
         self._credentials = credentials
-        self._api: CensusApi | None = None
         self._sweep = Sweep(self._look)
-        self.account: Hashable = credentials.account
-        self.block = block_name(credentials, CensusCredentials)
 
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Keep the workspace's client open."""
-        async with self._credentials.api() as self._api:
-            yield
-
-    def theirs(self, moment: datetime) -> datetime:
-        """A moment of our clock on Census's."""
-        return self._api.theirs(moment) if self._api else moment
-
-    async def baseline(self, request: JobRequest) -> None:
-        """Nothing: runs have ids and times."""
-
-    async def start(self, request: CensusRequest, intent: Intent) -> JobHandle:
+    async def start(self, request: JobRequest, intent: Intent) -> JobHandle:
         """`POST /syncs/{id}/trigger`. Always gives a run; while another is going, one that is skipped."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             sync = await api.sync(request.resource_id)
             if sync.paused:  # as far as we remember
                 sync = await api.sync(request.resource_id, fresh=True)
@@ -153,7 +129,7 @@ class CensusVendor:
 
     async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The sync's first run that was created since then; one of Census's own schedule only if no other."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             since = api.theirs(intent.since)
             ours = [
                 run
@@ -169,11 +145,11 @@ class CensusVendor:
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """A request per run, within the workspace's rate limit: there is no list of runs of many syncs."""
-        async with self._credentials.api():
+        async with self._connect():
             return await self._sweep.look(handles)
 
     async def _look(self, handle: JobHandle) -> JobStatus | None:
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             run = await api.run(handle.job_id)
             status = _status(run)
             if status.state is not JobState.SKIPPED:
@@ -198,7 +174,7 @@ class CensusVendor:
 
     async def cancel(self, handle: JobHandle) -> JobState | None:
         """`POST /sync_runs/{id}/cancel`, unless the run has ended."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             state = _status(await api.run(handle.job_id)).state
             if state.terminal:
                 return state
@@ -218,10 +194,10 @@ class CensusVendor:
         Raises:
             NotFoundError: There is none with this id.
         """
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             run = await api.run(run_id, retry=True)
             sync = await api.sync(run.sync_id)
-        request = CensusRequest(sync.id, _FULL if run.full_sync else "sync", sync.label or sync.id, None)
+        request = PlainRequest(sync.id, _FULL if run.full_sync else "sync", sync.label or sync.id, None)
         return self._handle(sync.id, run.id, run.created_at, ""), request, _status(run)
 
     def _handle(self, sync_id: str, run_id: str, started_at: datetime, marker: str) -> JobHandle:
@@ -370,7 +346,7 @@ async def census_sync(sync: CensusSync) -> JobResult:
     credentials = await load_block(CensusCredentials, sync.credentials)
     async with credentials.api() as api:
         sync = _named(sync, await _lookup(api, sync))
-        request = CensusRequest(sync.sync_id, _FULL if sync.full_sync else "sync", sync.name, sync.owner)
+        request = PlainRequest(sync.sync_id, _FULL if sync.full_sync else "sync", sync.name, sync.owner)
         return await run_job(CensusVendor(credentials), request, sync.policy)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from blocks.dbtcloud import DbtCloudApi, Overrides, Run, account_of, api_of
 from blocks.http import TRANSIENT, NotFoundError, VendorError, VendorUnavailable
 from blocks.reference import block_name
-from tasks.jobs import AlreadyRunning, Intent, JobHandle, JobRequest, JobState, JobStatus
+from tasks.jobs import AccountVendor, AlreadyRunning, Intent, JobHandle, JobRequest, JobState, JobStatus
 
 if TYPE_CHECKING:
     from prefect_dbt.cloud import DbtCloudCredentials
@@ -58,7 +58,7 @@ class RunRequest:
         return "run" if self.retries is None else f"{_RETRY}{self.retries}"
 
 
-class DbtCloudVendor:
+class DbtCloudVendor(AccountVendor[DbtCloudApi]):
     """dbt Cloud's runs for the engine."""
 
     name = "dbt-cloud"
@@ -67,27 +67,13 @@ class DbtCloudVendor:
     grace = 60.0
 
     def __init__(self, credentials: DbtCloudCredentials) -> None:
-        self._credentials = credentials
-        self._api: DbtCloudApi | None = None
-        self.account: Hashable = account_of(credentials)
-        self.block = block_name(credentials, type(credentials))
-
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Keep the account's client open."""
-        async with api_of(self._credentials) as self._api:
-            yield
-
-    def theirs(self, moment: datetime) -> datetime:
-        """A moment of our clock on dbt Cloud's."""
-        return self._api.theirs(moment) if self._api else moment
-
-    async def baseline(self, request: RunRequest) -> str | None:
-        """Runs have ids of their own."""
+        super().__init__(
+            partial(api_of, credentials), account_of(credentials), block_name(credentials, type(credentials))
+        )
 
     async def start(self, request: RunRequest, intent: Intent) -> JobHandle:
         """`POST /jobs/{id}/run/`, or `POST /runs/{id}/retry/`."""
-        async with api_of(self._credentials) as api:
+        async with self._connect() as api:
             if request.alone and (active := await api.active_runs(request.resource_id)):
                 same = _does_the_same(active[0], request)
                 raise AlreadyRunning(self.handle(api, active[0], request.resource_id), same=same)
@@ -101,7 +87,7 @@ class DbtCloudVendor:
     async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The run whose cause carries our marker; of a retry, the one that says what it retries."""
         retries = request.operation.removeprefix(_RETRY) if request.operation.startswith(_RETRY) else None
-        async with api_of(self._credentials) as api:
+        async with self._connect() as api:
             for run in await api.runs_since(request.resource_id, api.theirs(intent.since)):
                 if str(run.id) in intent.known:
                     continue
@@ -113,7 +99,7 @@ class DbtCloudVendor:
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """Lists of a hundred runs a request; one by one only few, and old ones that no list shows."""
         seen: dict[str, JobStatus | Exception] = {}
-        async with api_of(self._credentials) as api:
+        async with self._connect() as api:
             if len(handles) > _FEW:
                 runs = await api.runs_by_id({int(handle.job_id) for handle in handles})
                 seen = {str(run.id): status_of(run) for run in runs}
@@ -126,7 +112,7 @@ class DbtCloudVendor:
 
     async def cancel(self, handle: JobHandle) -> JobState | None:
         """`POST /runs/{id}/cancel/`, and then looking until the run has ended: it goes on for a moment."""
-        async with api_of(self._credentials) as api:
+        async with self._connect() as api:
             try:
                 run = await api.cancel(handle.job_id)
             except NotFoundError as error:

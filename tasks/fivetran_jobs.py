@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
@@ -22,7 +21,17 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict
 from blocks.fivetran import Connection, FivetranApi, FivetranCredentials, Notice
 from blocks.http import TRANSIENT, ConflictError, VendorError
 from blocks.reference import block_name
-from tasks.jobs import AlreadyRunning, InputError, Intent, JobHandle, JobRequest, JobState, JobStatus
+from tasks.jobs import (
+    AccountVendor,
+    AlreadyRunning,
+    InputError,
+    Intent,
+    JobHandle,
+    JobRequest,
+    JobState,
+    JobStatus,
+    PlainRequest,
+)
 
 How = Literal["sync", "force", "resync"]
 Rescheduled = Literal["wait", "fail", "retrigger"]
@@ -33,13 +42,9 @@ _BEFORE_NEXT_TRIGGER = 60.0  # seconds in which the same connection is not trigg
 
 
 @dataclass(frozen=True)
-class FivetranRequest:
+class FivetranRequest(PlainRequest):
     """A sync of one connection, as the engine takes it."""
 
-    resource_id: str
-    operation: str
-    name: str
-    owner: str | None
     how: How = "sync"
     scope: Mapping[str, Sequence[str]] | None = None
     rescheduled: Rescheduled = "retrigger"
@@ -93,7 +98,7 @@ class Before(BaseModel):
         return before
 
 
-class FivetranVendor:
+class FivetranVendor(AccountVendor[FivetranApi]):
     """Fivetran's syncs for the engine."""
 
     name = "fivetran"
@@ -102,22 +107,10 @@ class FivetranVendor:
     grace = 20.0
 
     def __init__(self, credentials: FivetranCredentials) -> None:
+        super().__init__(credentials.api, credentials.account, block_name(credentials, FivetranCredentials))
         self._credentials = credentials
-        self._api: FivetranApi | None = None
-        self.account: Hashable = credentials.account
-        self.block = block_name(credentials, FivetranCredentials)
         # By connection: the time that it was rescheduled for when we triggered it again, and when that was.
         self._again: dict[str, tuple[datetime | None, float]] = {}
-
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Keep the account's client open."""
-        async with self._credentials.api() as self._api:
-            yield
-
-    def theirs(self, moment: datetime) -> datetime:
-        """A moment of our clock on Fivetran's."""
-        return self._api.theirs(moment) if self._api else moment
 
     # -- starting -----------------------------------------------------------------------------------------
 
@@ -127,7 +120,7 @@ class FivetranVendor:
         Raises:
             InputError: It is paused, or its setup is broken or incomplete: no sync of it would run.
         """
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             connection = await api.connection(request.resource_id, fresh=True, retry=False)
             if problem := problem_of(connection):
                 raise InputError(problem)
@@ -156,7 +149,7 @@ class FivetranVendor:
         handle = self.handle(connection_id, before, intent.marker)
         if before.over_another and before.how != "force":
             raise AlreadyRunning(handle, same=before.how == "sync")
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             if before.how != "resync":
                 await api.sync(connection_id, force=before.how == "force")
                 return handle
@@ -180,7 +173,7 @@ class FivetranVendor:
             return None  # it was not triggered
         shown_by = time.monotonic() + self.grace
         while True:
-            async with self._credentials.api() as api:
+            async with self._connect() as api:
                 connection = await api.connection(request.resource_id, fresh=True, retry=False)
             if _shows_ours(connection, before):
                 return self.handle(request.resource_id, before, intent.marker)
@@ -213,7 +206,7 @@ class FivetranVendor:
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """A thousand connections a request; few are read one by one."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             wanted = {handle.resource_id for handle in handles}
             seen: dict[str, Connection | VendorError] = {}
             if len(wanted) > max(_FEW, api.pages):

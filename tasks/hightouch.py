@@ -24,13 +24,14 @@ from pydantic import (
 from blocks.hightouch import HightouchApi, HightouchCredentials, Sync
 from blocks.http import NotFoundError
 from blocks.reference import load_block, stored_block
-from tasks.hightouch_jobs import HightouchRequest, HightouchVendor, sync_problem
-from tasks.hightouch_sequences import HightouchSequenceVendor, SequenceRequest
+from tasks.hightouch_jobs import FULL, HightouchVendor, sync_problem
+from tasks.hightouch_sequences import HightouchSequenceVendor
 from tasks.jobs import (
     Checked,
     InputError,
     JobPolicy,
     JobResult,
+    PlainRequest,
     Tool,
     ToolParameters,
     result_of,
@@ -247,8 +248,8 @@ async def hightouch_sync(sync: HightouchSync) -> JobResult:
     credentials = await load_block(HightouchCredentials, sync.credentials)
     async with credentials.api() as api:
         sync = _named(sync, await _lookup(api, sync.sync_id))
-        operation = "full-resync" if sync.full_resync else "sync"
-        request = HightouchRequest(sync.sync_id, operation, sync.name, sync.owner, sync.full_resync)
+        operation = FULL if sync.full_resync else "sync"
+        request = PlainRequest(sync.sync_id, operation, sync.name, sync.owner)
         return await run_job(HightouchVendor(credentials), request, sync.policy)
 
 
@@ -276,7 +277,7 @@ async def hightouch_sequence(sequence: HightouchSequence) -> JobResult:
     tag_run("hightouch")
     without_traceback()
     credentials = await load_block(HightouchCredentials, sequence.credentials)
-    request = SequenceRequest(sequence.sequence_id, "sync", sequence.label, sequence.owner)
+    request = PlainRequest(sequence.sequence_id, "sync", sequence.label, sequence.owner)
     return await run_job(HightouchSequenceVendor(credentials), request, sequence.policy)
 
 

@@ -6,16 +6,24 @@ Vendor documentation: https://hightouch.com/docs/developer-tools/api-guide
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
 from blocks.hightouch import HightouchApi, HightouchCredentials, Sync, SyncRun
 from blocks.http import NotFoundError, VendorError
 from blocks.reference import block_name
-from tasks.jobs import InputError, Intent, JobHandle, JobRequest, JobState, JobStatus, Sweep
+from tasks.jobs import (
+    AccountVendor,
+    InputError,
+    Intent,
+    JobHandle,
+    JobRequest,
+    JobState,
+    JobStatus,
+    PlainRequest,
+    Sweep,
+)
 
 STATES = {
     "queued": JobState.QUEUED,
@@ -29,23 +37,13 @@ STATES = {
     "interrupted": JobState.FAILED,
     "cancelled": JobState.CANCELLED,
 }
+FULL = "full-resync"
 _FEW = 3  # up to so many runs are read one by one: a list of syncs would cost as much
 _NEAR = timedelta(seconds=5)  # between a trigger and the beginning of its run, clocks that differ included
 _SURE_FOR = 5.0  # seconds between two readings of a run that the list tells of
 
 
-@dataclass(frozen=True)
-class HightouchRequest:
-    """A run of a sync, as the engine takes it."""
-
-    resource_id: str
-    operation: str
-    name: str
-    owner: str | None
-    full_resync: bool
-
-
-class HightouchVendor:
+class HightouchVendor(AccountVendor[HightouchApi]):
     """Hightouch's runs for the engine."""
 
     name = "hightouch"
@@ -54,43 +52,28 @@ class HightouchVendor:
     grace = 15.0
 
     def __init__(self, credentials: HightouchCredentials) -> None:
+        super().__init__(credentials.api, credentials.account, block_name(credentials, HightouchCredentials))
         self._credentials = credentials
-        self._api: HightouchApi | None = None
-        self.account: Hashable = credentials.account
-        self.block = block_name(credentials, HightouchCredentials)
         # As many ends as Hightouch's limit lets be read in that time are told at once.
         self._sweep = Sweep(self._look, seconds=10.0)
         # By run, those longest believed first: when its sync's latest run began that is taken for it.
         self._began: dict[str, datetime] = {}
         self._sure_until = 0.0
 
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Keep the workspace's client open."""
-        async with self._credentials.api() as self._api:
-            yield
-
-    def theirs(self, moment: datetime) -> datetime:
-        """A moment of our clock on Hightouch's."""
-        return self._api.theirs(moment) if self._api else moment
-
-    async def baseline(self, request: HightouchRequest) -> None:
-        """Nothing: a run has an id."""
-
-    async def start(self, request: HightouchRequest, intent: Intent) -> JobHandle:
+    async def start(self, request: JobRequest, intent: Intent) -> JobHandle:
         """`POST /syncs/{id}/trigger`. While a run is in progress, ours is queued behind it by Hightouch."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             sync = await api.sync(request.resource_id)
             if sync.disabled:  # as far as we remember
                 sync = await api.sync(request.resource_id, fresh=True)
             if problem := sync_problem(sync):
                 raise InputError(problem)
-            run_id = await api.trigger(request.resource_id, full_resync=request.full_resync)
+            run_id = await api.trigger(request.resource_id, full_resync=request.operation == FULL)
             return self._handle(sync, run_id, api.theirs(datetime.now(UTC)), intent.marker)
 
     async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The sync's first run that was created since then."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             runs = await api.runs(request.resource_id, api.theirs(intent.since), retry=False)
             ours = [run for run in runs if run.id not in intent.known]
             if not ours:
@@ -100,7 +83,7 @@ class HightouchVendor:
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """A hundred syncs a request tell which runs go on; only those that may have ended are read."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             syncs = {s.id: s for s in await api.syncs(retry=False)} if len(handles) > _FEW else {}
             seen: dict[str, JobStatus | Exception] = {}
             look: list[JobHandle] = []
@@ -151,14 +134,14 @@ class HightouchVendor:
             self._began[handle.job_id] = sync.last_run_at
 
     async def _look(self, handle: JobHandle) -> JobStatus | None:
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             run = await api.run(handle.resource_id, handle.job_id)
         # None: not visible yet. The watcher bears that for a while.
         return run_status(run) if run else None
 
     async def cancel(self, handle: JobHandle) -> JobState | None:
         """There is no way in Hightouch's API to cancel a run; at most it has ended."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             try:
                 run = await api.run(handle.resource_id, handle.job_id)
             except VendorError:
@@ -166,18 +149,18 @@ class HightouchVendor:
         state = STATES.get(run.status) if run else None
         return state if state and state.terminal else None
 
-    async def look_up(self, sync_id: str, run_id: str) -> tuple[JobHandle, HightouchRequest, JobStatus]:
+    async def look_up(self, sync_id: str, run_id: str) -> tuple[JobHandle, PlainRequest, JobStatus]:
         """A run, whoever started it.
 
         Raises:
             NotFoundError: There is no such sync, or it has no such run.
         """
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             sync = await api.sync(sync_id)
             run = await api.run(sync_id, run_id, retry=True)
         if run is None:
             raise NotFoundError("Hightouch", f"sync {sync_id} has no run {run_id}", sent=False)
-        request = HightouchRequest(sync.id, "sync", sync.slug or sync.id, sync.owner, full_resync=False)
+        request = PlainRequest(sync.id, "sync", sync.slug or sync.id, sync.owner)
         return self._handle(sync, run.id, run.created_at, ""), request, run_status(run)
 
     def _handle(self, sync: Sync, run_id: str, started_at: datetime, marker: str) -> JobHandle:

@@ -10,9 +10,7 @@ Vendor documentation: https://hightouch.com/docs/developer-tools/api-guide
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -21,6 +19,7 @@ from blocks.http import NotFoundError, VendorError
 from blocks.reference import block_name
 from tasks.hightouch_jobs import STATES, run_status
 from tasks.jobs import (
+    AccountVendor,
     AlreadyRunning,
     InputError,
     Intent,
@@ -28,6 +27,7 @@ from tasks.jobs import (
     JobRequest,
     JobState,
     JobStatus,
+    PlainRequest,
     StreamResult,
     Sweep,
 )
@@ -44,17 +44,7 @@ _VISIBLE = timedelta(seconds=15)  # within which a fresh run may not be found
 _CLOCK_MARGIN = timedelta(seconds=3)
 
 
-@dataclass(frozen=True)
-class SequenceRequest:
-    """A run of a sequence, as the engine takes it."""
-
-    resource_id: str
-    operation: str
-    name: str
-    owner: str | None
-
-
-class HightouchSequenceVendor:
+class HightouchSequenceVendor(AccountVendor[HightouchApi]):
     """Hightouch's runs of sequences for the engine."""
 
     name = "hightouch-sequence"
@@ -63,30 +53,16 @@ class HightouchSequenceVendor:
     grace = 0.0
 
     def __init__(self, credentials: HightouchCredentials) -> None:
+        # The same workspace as that of single syncs, and watched beside them by a watcher of its own.
+        account = ("sequences", credentials.account)
+        super().__init__(credentials.api, account, block_name(credentials, HightouchCredentials))
         self._credentials = credentials
-        self._api: HightouchApi | None = None
         self._sweep = Sweep(self._look)
         self._ours: set[str] = set()  # runs that are known to have begun after we asked for them
-        # The same workspace as that of single syncs, and watched beside them by a watcher of its own.
-        self.account: Hashable = ("sequences", credentials.account)
-        self.block = block_name(credentials, HightouchCredentials)
 
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Keep the workspace's client open."""
-        async with self._credentials.api() as self._api:
-            yield
-
-    def theirs(self, moment: datetime) -> datetime:
-        """A moment of our clock on Hightouch's."""
-        return self._api.theirs(moment) if self._api else moment
-
-    async def baseline(self, request: JobRequest) -> None:
-        """Nothing: runs have ids."""
-
-    async def start(self, request: SequenceRequest, intent: Intent) -> JobHandle:
+    async def start(self, request: JobRequest, intent: Intent) -> JobHandle:
         """`POST /sync-sequences/{id}/trigger`. Asked again while a run goes on, it gives that one's id."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             asked = datetime.now(UTC)
             try:
                 run_id = await api.trigger_sequence(request.resource_id)
@@ -103,33 +79,33 @@ class HightouchSequenceVendor:
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """A request per run; its syncs are read when it has ended, for what became of their rows."""
-        async with self._credentials.api():
+        async with self._connect():
             return await self._sweep.look(handles)
 
     async def cancel(self, handle: JobHandle) -> JobState | None:
         """There is no way in Hightouch's API to cancel a run; at most it has ended."""
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             try:
                 status = await _status(api, await api.sequence_run(handle.job_id))
             except VendorError:
                 return None
         return status.state if status.state.terminal else None
 
-    async def look_up(self, sequence_id: str, run_id: str) -> tuple[JobHandle, SequenceRequest, JobStatus]:
+    async def look_up(self, sequence_id: str, run_id: str) -> tuple[JobHandle, PlainRequest, JobStatus]:
         """A run, whoever started it. Its sequence has to be given: Hightouch does not say which it is of.
 
         Raises:
             NotFoundError: There is no such run.
         """
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             run = await api.sequence_run(run_id, retry=True)
             status = await _status(api, run)
             since = await _began(api, run)
-        request = SequenceRequest(sequence_id, "sync", f"sequence {sequence_id}", None)
+        request = PlainRequest(sequence_id, "sync", f"sequence {sequence_id}", None)
         return self._handle(sequence_id, run.id, since or datetime.now(UTC), ""), request, status
 
     async def _look(self, handle: JobHandle) -> JobStatus | None:
-        async with self._credentials.api() as api:
+        async with self._connect() as api:
             try:
                 run = await api.sequence_run(handle.job_id)
             except NotFoundError:

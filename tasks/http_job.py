@@ -22,12 +22,13 @@ from blocks.http import NotFoundError
 from blocks.http_job import HttpJob, resource_id
 from blocks.http_job_fill import Value
 from blocks.reference import load_block, stored_block
-from tasks.http_job_vendor import HttpJobRequest, HttpJobVendor, job_name
+from tasks.http_job_vendor import HttpJobVendor, job_name
 from tasks.jobs import (
     Checked,
     InputError,
     JobPolicy,
     JobResult,
+    PlainRequest,
     Tool,
     ToolParameters,
     run_job,
@@ -159,7 +160,7 @@ async def http_job(run: HttpJobRun) -> JobResult:
         if checked.problem:
             raise InputError(checked.problem)
         named = checked.request
-        request = HttpJobRequest(run.resource_id, "run", named.label, named.owner)
+        request = PlainRequest(run.resource_id, "run", named.label, named.owner)
         return await run_job(HttpJobVendor(job), request, run.policy)
 
 

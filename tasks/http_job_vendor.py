@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Hashable, Mapping, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, Literal
 from uuid import NAMESPACE_URL, uuid5
@@ -19,7 +17,16 @@ from blocks.http_job_client import HttpJobApi, Reply, moment_of, text_of
 from blocks.http_job_fill import Values, fill, search
 from blocks.http_job_parts import Find, Listing, Reading
 from blocks.reference import block_name
-from tasks.jobs import AlreadyRunning, InputError, Intent, JobHandle, JobRequest, JobState, JobStatus
+from tasks.jobs import (
+    AccountVendor,
+    AlreadyRunning,
+    InputError,
+    Intent,
+    JobHandle,
+    JobRequest,
+    JobState,
+    JobStatus,
+)
 
 _AT_ONCE = 10  # requests
 _CONFIRM = 0.5  # seconds between two looks at whether a cancellation has come to pass
@@ -31,46 +38,21 @@ def job_name(job: HttpJob | str) -> str:
     return name.split("/", 1)[1] if name else slugify(job.service) if isinstance(job, HttpJob) else job
 
 
-@dataclass(frozen=True)
-class HttpJobRequest:
-    """A run of a declared job, as the engine takes it."""
-
-    resource_id: str
-    operation: str
-    name: str
-    owner: str | None
-
-
-class HttpJobVendor:
+class HttpJobVendor(AccountVendor[HttpJobApi]):
     """The jobs of one declaration for the engine."""
 
     name = "http-job"
 
     def __init__(self, job: HttpJob) -> None:
+        super().__init__(job.api, job.declaration, block_name(job, HttpJob))
         self._job = job
-        self._api: HttpJobApi | None = None
-        self.account: Hashable = job.declaration
-        self.block = block_name(job, HttpJob)
         self.on_partial: Literal["fail", "warn", "ok"] = job.on_partial
         self.grace = job.grace
-
-    @asynccontextmanager
-    async def session(self) -> AsyncIterator[None]:
-        """Keep the account's client open."""
-        async with self._job.api() as self._api:
-            yield
-
-    def theirs(self, moment: datetime) -> datetime:
-        """A moment of our clock on the API's."""
-        return self._api.theirs(moment) if self._api else moment
-
-    async def baseline(self, request: JobRequest) -> None:
-        """Nothing: a job has an id."""
 
     async def start(self, request: JobRequest, intent: Intent) -> JobHandle:
         """The declared start."""
         job = self._job
-        async with job.api() as api:
+        async with self._connect() as api:
             values = await self._values(api, request.resource_id)
             sent = {**values, "marker": intent.marker, "job_id": _our_id(intent)}
             try:
@@ -90,7 +72,7 @@ class HttpJobVendor:
 
     async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The job with our id or mark, or else the first that was created since then."""
-        async with self._job.api() as api:
+        async with self._connect() as api:
             values = await self._values(api, request.resource_id)
             if self._job.start.job_id.ours:
                 return await self._ours(api, values, request, intent)
@@ -111,7 +93,7 @@ class HttpJobVendor:
         """By the declared list where jobs share one, and one by one what is not on it."""
         job = self._job
         seen: dict[str, JobStatus | Exception] = {}
-        async with job.api() as api:
+        async with self._connect() as api:
             values: dict[str, Values] = {}
             for resource in dict.fromkeys(handle.resource_id for handle in handles):
                 try:
@@ -134,7 +116,7 @@ class HttpJobVendor:
         """The declared request, and then looks until the job has ended."""
         job = self._job
         refused: VendorError | None = None
-        async with job.api() as api:
+        async with self._connect() as api:
             values = await self._values(api, handle.resource_id)
             if job.cancel is not None:
                 try:

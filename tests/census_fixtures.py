@@ -11,8 +11,8 @@ from pydantic import SecretStr
 
 from blocks import CensusCredentials
 from sandbox import Sandbox, catalog
-from tasks.census import CensusRequest, CensusSync, CensusVendor
-from tasks.jobs import Entry, JobPolicy, JobResult, MemoryJournal, run_job
+from tasks.census import CensusSync, CensusVendor
+from tasks.jobs import Entry, JobPolicy, JobResult, MemoryJournal, PlainRequest, run_job
 
 SYNC = 401
 
@@ -53,7 +53,7 @@ async def run(
     **policy: Any,
 ) -> JobResult:
     """One attempt; attempts with one journal are retries of each other."""
-    request = CensusRequest(str(SYNC), operation, "fleet", None)
+    request = PlainRequest(str(SYNC), operation, "fleet", None)
     settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
     return await run_job(CensusVendor(credentials), request, settings, journal=journal or MemoryJournal())
 

@@ -23,13 +23,13 @@ from sandbox.dashboards import Dashboard, DashboardBehaviour
 from sandbox.hightouch import Sync
 from sandbox.timeline import CensusBehaviour, SyncBehaviour
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
-from tasks.census import CensusRequest, CensusVendor
+from tasks.census import CensusVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
 from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
-from tasks.hightouch_jobs import HightouchRequest, HightouchVendor
+from tasks.hightouch_jobs import HightouchVendor
 from tasks.http_job import HttpJobRun
-from tasks.http_job_vendor import HttpJobRequest, HttpJobVendor
-from tasks.jobs import JobPolicy, JobResult, JobVendor, MemoryJournal, run_job
+from tasks.http_job_vendor import HttpJobVendor
+from tasks.jobs import JobPolicy, JobResult, JobVendor, MemoryJournal, PlainRequest, run_job
 from tests.jobs_fixtures import until
 
 GRACE = 0.3  # seconds for which a job that was started may not be seen
@@ -192,7 +192,7 @@ class Hightouch(Subject):
             )
         )
         sandbox.hightouch.settings.requests_per_10_seconds = None
-        self.request = HightouchRequest(str(self.sync_id), "sync", "crm", None, full_resync=False)
+        self.request = PlainRequest(str(self.sync_id), "sync", "crm", None)
 
     def behave(self, **changes: Any) -> None:
         self.sandbox.hightouch.set(self.sync_id, **changes)
@@ -299,7 +299,7 @@ class DeclaredJob(Subject):
         arguments = {"group_id": catalog.POWER_BI_GROUP, "dataset_id": self.model}
         run = HttpJobRun(job=job, arguments=arguments)
         self.vendor = HttpJobVendor(job)
-        self.request = HttpJobRequest(run.resource_id, "run", "the dashboard", None)
+        self.request = PlainRequest(run.resource_id, "run", "the dashboard", None)
 
     def behave(self, **changes: Any) -> None:
         self.sandbox.dashboards.set(self.model, **changes)
@@ -343,7 +343,7 @@ class Census(Subject):
                 requests_per_10_seconds=10_000,
             )
         )
-        self.request = CensusRequest(str(self.sync_id), "sync", "crm", None)
+        self.request = PlainRequest(str(self.sync_id), "sync", "crm", None)
 
     def behave(self, **changes: Any) -> None:
         self.sandbox.census.set(self.sync_id, **changes)

@@ -11,8 +11,8 @@ from pydantic import SecretStr
 
 from blocks import CensusCredentials
 from sandbox import catalog
-from tasks.census import CensusRequest, CensusVendor
-from tasks.jobs import JobError, JobPolicy, JobTimeout, MemoryJournal, run_job
+from tasks.census import CensusVendor
+from tasks.jobs import JobError, JobPolicy, JobTimeout, MemoryJournal, PlainRequest, run_job
 from tests.spec_drives import Drive
 from tests.spec_fixtures import Contract, Slip, read
 
@@ -121,7 +121,7 @@ async def drive_census(drive: Drive) -> None:
 
     async def run(outcome: str, operation: str = "sync", **policy: float) -> None:
         sandbox.census.set(401, outcome=outcome, duration=0.1)
-        request = CensusRequest("401", operation, "fleet", None)
+        request = PlainRequest("401", operation, "fleet", None)
         settings = _QUICK.model_copy(update=policy)
         await run_job(vendor, request, settings, journal=MemoryJournal())
 

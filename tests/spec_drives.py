@@ -20,9 +20,18 @@ from blocks import AirbyteServer, HightouchCredentials, PagerDutyRouting
 from blocks.pagerduty import Alert, Link
 from sandbox import Sandbox, catalog
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
-from tasks.hightouch_jobs import HightouchRequest, HightouchVendor
-from tasks.hightouch_sequences import HightouchSequenceVendor, SequenceRequest
-from tasks.jobs import InputError, JobError, JobHandle, JobPolicy, JobTimeout, MemoryJournal, run_job
+from tasks.hightouch_jobs import HightouchVendor
+from tasks.hightouch_sequences import HightouchSequenceVendor
+from tasks.jobs import (
+    InputError,
+    JobError,
+    JobHandle,
+    JobPolicy,
+    JobTimeout,
+    MemoryJournal,
+    PlainRequest,
+    run_job,
+)
 from tests.jobs_fixtures import until
 from tests.spec_fixtures import BY_HAND
 
@@ -179,7 +188,7 @@ async def drive_hightouch(drive: Drive) -> None:
 
         async def run(outcome: str) -> None:
             sandbox.hightouch.set("101", outcome=outcome)
-            request = HightouchRequest("101", "sync", "crm", None, full_resync=outcome == "warn")
+            request = PlainRequest("101", "full-resync" if outcome == "warn" else "sync", "crm", None)
             await run_job(vendor, request, QUICK, journal=MemoryJournal())
 
         await run("succeed")
@@ -211,9 +220,9 @@ async def drive_hightouch(drive: Drive) -> None:
     sandbox.hightouch.set("102", outcome="fail")
     sequences = HightouchSequenceVendor(credentials)
     with pytest.raises(JobError):
-        await run_job(sequences, SequenceRequest("7", "sync", "all", None), QUICK, journal=MemoryJournal())
+        await run_job(sequences, PlainRequest("7", "sync", "all", None), QUICK, journal=MemoryJournal())
     with pytest.raises(InputError):
-        await run_job(sequences, SequenceRequest("8", "sync", "none", None), QUICK, journal=MemoryJournal())
+        await run_job(sequences, PlainRequest("8", "sync", "none", None), QUICK, journal=MemoryJournal())
 
     drive.base = sandbox.hightouch_url
     await drive.ask("GET", "/syncs", 401, headers={"Authorization": "Bearer wrong"})

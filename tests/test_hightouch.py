@@ -20,7 +20,7 @@ from blocks.hightouch import SyncRun
 from blocks.http import AuthError, BadReply, NotFoundError, VendorError, VendorUnavailable
 from sandbox import Sandbox, catalog
 from tasks.hightouch import HightouchSync, hightouch_check, hightouch_status, hightouch_sync
-from tasks.hightouch_jobs import HightouchRequest, HightouchVendor, run_status
+from tasks.hightouch_jobs import HightouchVendor, run_status
 from tasks.jobs import (
     Entry,
     InputError,
@@ -33,6 +33,7 @@ from tasks.jobs import (
     JobStatus,
     JobTimeout,
     MemoryJournal,
+    PlainRequest,
     run_job,
 )
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
@@ -611,7 +612,7 @@ async def test_a_sync_and_its_full_resync_in_one_run(box: Sandbox, credentials: 
     """In the journal a full resync is a job of its own, which a sync of the same does not stand for."""
     journal = MemoryJournal()
     first = await run(credentials, journal)
-    request = HightouchRequest(str(SYNC), "full-resync", "crm", None, full_resync=True)
+    request = PlainRequest(str(SYNC), "full-resync", "crm", None)
     again = await run_job(HightouchVendor(credentials), request, JobPolicy(poll=0.05), journal=journal)
     assert (first.rows, again.rows) == (10, 10)
     assert sorted(journal.entries) == ["hightouch:full-resync:101", "hightouch:sync:101"]

@@ -24,7 +24,7 @@ from tasks.hightouch import (
     hightouch_sequence_check,
     hightouch_sequence_status,
 )
-from tasks.hightouch_sequences import HightouchSequenceVendor, SequenceRequest, _member_state, _worst
+from tasks.hightouch_sequences import HightouchSequenceVendor, _member_state, _worst
 from tasks.jobs import (
     Entry,
     InputError,
@@ -36,6 +36,7 @@ from tasks.jobs import (
     JobState,
     JobTimeout,
     MemoryJournal,
+    PlainRequest,
     StreamResult,
     run_job,
 )
@@ -80,7 +81,7 @@ async def run(
     credentials: HightouchCredentials, journal: MemoryJournal | None = None, **policy: Any
 ) -> JobResult:
     """One attempt; attempts with one journal are retries of each other."""
-    request = SequenceRequest(SEQUENCE, "sync", "all", None)
+    request = PlainRequest(SEQUENCE, "sync", "all", None)
     settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
     vendor = HightouchSequenceVendor(credentials)
     return await run_job(vendor, request, settings, journal=journal or MemoryJournal())
@@ -343,7 +344,7 @@ async def test_it_can_not_be_cancelled(box: Sandbox, credentials: HightouchCrede
 
 async def test_a_sequence_that_is_not_there(box: Sandbox, credentials: HightouchCredentials) -> None:
     """An unknown sequence shows when it is started, as an error that says so."""
-    request = SequenceRequest("8", "sync", "none", None)
+    request = PlainRequest("8", "sync", "none", None)
     with pytest.raises(InputError, match=r"knows no sequence 8.*Nothing was started"):
         await run_job(HightouchSequenceVendor(credentials), request, JobPolicy(), journal=MemoryJournal())
 

@@ -21,7 +21,7 @@ from flows import sync_connections
 from sandbox import Sandbox, catalog
 from tasks.dbt.lineage import Lineage
 from tasks.http_job import TOOL, HttpJobRun, http_job, http_job_check
-from tasks.http_job_vendor import HttpJobRequest, HttpJobVendor
+from tasks.http_job_vendor import HttpJobVendor
 from tasks.jobs import (
     InputError,
     Intent,
@@ -33,6 +33,7 @@ from tasks.jobs import (
     JobState,
     JobTimeout,
     MemoryJournal,
+    PlainRequest,
     cancel_job,
     run_job,
 )
@@ -97,7 +98,7 @@ class Desk:
     async def run(self, **policy: Any) -> JobResult:
         """One attempt; attempts of one desk are retries of each other."""
         parameters = self.parameters(**policy)
-        request = HttpJobRequest(parameters.resource_id, "run", "the dashboard", None)
+        request = PlainRequest(parameters.resource_id, "run", "the dashboard", None)
         return await run_job(HttpJobVendor(self.job), request, parameters.policy, journal=self.journal)
 
     @property
@@ -394,7 +395,7 @@ async def test_cancelled_from_another_process(desk: Desk) -> None:
     desk.fault(kind="drop_after", method="POST", path="refresh(es)?$", times=1)
     vendor = HttpJobVendor(desk.job)
     parameters = desk.parameters()
-    request = HttpJobRequest(parameters.resource_id, "run", "", None)
+    request = PlainRequest(parameters.resource_id, "run", "", None)
     intent = Intent(marker="m", since=datetime.now(UTC).replace(microsecond=0))
     async with vendor.session():
         with pytest.raises(VendorUnavailable):

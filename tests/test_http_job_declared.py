@@ -22,7 +22,7 @@ from blocks.http_job_auth import BasicAuth, BearerToken, HeaderToken
 from blocks.http_job_client import moment_of
 from blocks.http_job_fill import fill_document, fill_path, names_in
 from tasks.http_job import HttpJobRun
-from tasks.http_job_vendor import HttpJobRequest, HttpJobVendor
+from tasks.http_job_vendor import HttpJobVendor
 from tasks.jobs import (
     JobFailed,
     JobHandle,
@@ -31,6 +31,7 @@ from tasks.jobs import (
     JobState,
     JobTimeout,
     MemoryJournal,
+    PlainRequest,
     run_job,
 )
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
@@ -260,7 +261,7 @@ def api() -> Iterator[Api]:
 
 async def run(job: HttpJob, journal: MemoryJournal | None = None, **policy: Any) -> JobResult:
     settings = JobPolicy(**{"poll": 0.05, "timeout": 10.0, **policy})
-    request = HttpJobRequest("reports?report=5", "run", "the report", None)
+    request = PlainRequest("reports?report=5", "run", "the report", None)
     return await run_job(HttpJobVendor(job), request, settings, journal=journal or MemoryJournal())
 
 
@@ -454,7 +455,7 @@ async def test_cancelling_takes_the_job_away(api: Api) -> None:
 async def test_arguments_cannot_change_the_address(api: Api) -> None:
     """An argument that would make a path another one is refused, and nothing is sent."""
     job = declared(base_url=api.url, parameters={"report": {}})
-    request = HttpJobRequest("reports?report=..", "run", "the report", None)
+    request = PlainRequest("reports?report=..", "run", "the report", None)
     with pytest.raises(VendorError, match="another path"):
         await run_job(HttpJobVendor(job), request, JobPolicy(), journal=MemoryJournal())
     assert api.requests == []

@@ -25,9 +25,11 @@ from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interru
 from tasks.jobs.sweep import Sweep
 from tasks.jobs.tags import tag_run
 from tasks.jobs.tool import Checked, Parameters, Request, Tool, ToolParameters
+from tasks.jobs.vendor import AccountVendor, PlainRequest
 from tasks.jobs.watcher import JobWatcher, watcher_for
 
 __all__ = [
+    "AccountVendor",
     "AlreadyRunning",
     "Checked",
     "Entry",
@@ -49,6 +51,7 @@ __all__ = [
     "Journal",
     "MemoryJournal",
     "Parameters",
+    "PlainRequest",
     "Request",
     "RunJournal",
     "StreamResult",
