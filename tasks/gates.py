@@ -6,7 +6,6 @@ it is about, by lineage, as if they had not landed, and says what was expected a
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -20,17 +19,17 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
-    WithJsonSchema,
-    field_serializer,
     model_validator,
 )
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from blocks.reference import block_name, load_block
+from blocks.reference import load_block
 from tasks.dbt.freshness import SourceAge
 from tasks.dbt.model import DbtState
 from tasks.jobs import JobResult, JobState, ToolParameters, without_traceback
 from tasks.jobs.history import Resource, rows_of_earlier_runs
+from tasks.sql import DatabaseRef, reason_of, with_database
 
 SOURCE = "dbt-source"
 """Stands for the vendor of a finding about a dbt source, which nobody but dbt knows of."""
@@ -96,19 +95,10 @@ class SqlGate(_Gate):
     """
 
     tool: Literal["sql"] = "sql"
-    database: Annotated[
-        SqlAlchemyConnector | str,
-        # In a form and in a deployment it is the name; instances are for scripts.
-        WithJsonSchema({"type": "string", "description": "Name of a saved SQLAlchemy Connector block."}),
-    ] = Field(title="Database")
+    database: DatabaseRef = Field(title="Database")
     query: str = Field(min_length=1, title="Query")
     at_least: float | None = Field(default=None, title="At least")
     at_most: float | None = Field(default=None, title="At most")
-
-    @field_serializer("database")
-    def _by_name(self, database: SqlAlchemyConnector | str) -> str:
-        # What is stored with a flow run must hold no secret, and the block's URL is plain text.
-        return block_name(database, SqlAlchemyConnector) or "(a block that is not saved)"
 
     @property
     def label(self) -> str:
@@ -280,13 +270,10 @@ async def _rows(gate: RowsGate, jobs: Sequence[JobResult]) -> dict[str, str]:
 
 
 async def _sql(gate: SqlGate) -> str | None:
-    connector = await load_block(SqlAlchemyConnector, gate.database)
     try:
-        rows = await asyncio.to_thread(_ask, connector, gate.query)
+        rows = await with_database(gate.database, lambda engine: _ask(engine, gate.query))
     except SQLAlchemyError as error:
-        # Its own text quotes the query and an address; the driver's says what is wrong.
-        reason = " ".join(str(getattr(error, "orig", None) or error).split())
-        return f"{gate.expected} was expected; the question could not be asked: {reason[:200]}"
+        return f"{gate.expected} was expected; the question could not be asked: {reason_of(error)[:200]}"
     if gate.at_least is None and gate.at_most is None:
         if not rows:
             return None
@@ -301,13 +288,9 @@ async def _sql(gate: SqlGate) -> str | None:
     return f"{gate.expected} was expected, {number:,g} was found" if low or high else None
 
 
-def _ask(connector: SqlAlchemyConnector, query: str) -> list[tuple[Any, ...]]:
-    engine = connector.get_engine()
-    try:
-        with engine.connect() as connection:
-            return [tuple(row) for row in connection.exec_driver_sql(query).fetchmany(2)]
-    finally:
-        engine.dispose()  # a DuckDB file that stays open can't be opened by dbt
+def _ask(engine: Engine, query: str) -> list[tuple[Any, ...]]:
+    with engine.connect() as connection:
+        return [tuple(row) for row in connection.exec_driver_sql(query).fetchmany(2)]
 
 
 def _shown(row: tuple[Any, ...]) -> str:

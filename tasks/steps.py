@@ -27,11 +27,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from blocks.reference import block_name, load_block
+from blocks.reference import load_block
 from tasks.intervals import END_VAR, START_VAR, DataInterval, fill_in
 from tasks.jobs import InputError, JobFailed, JobResult, JobState, ToolParameters, without_traceback
+from tasks.sql import DatabaseRef, reason_of, with_database
 
 _STOP_PATIENCE = 5.0  # seconds for commands to end when they are told to; then they are killed
 _LONGEST_MESSAGE = 300
@@ -222,11 +224,7 @@ class SqlStep(_Step):
     """
 
     tool: Literal["sql"] = "sql"
-    database: Annotated[
-        SqlAlchemyConnector | str,
-        # In a form and in a deployment it is the name; instances are for scripts.
-        WithJsonSchema({"type": "string", "description": "Name of a saved SQLAlchemy Connector block."}),
-    ] = Field(title="Database")
+    database: DatabaseRef = Field(title="Database")
     statements: list[str] = Field(title="Statements", min_length=1)
 
     @model_validator(mode="after")
@@ -234,11 +232,6 @@ class SqlStep(_Step):
         if not all(statement.strip() for statement in self.statements):
             raise ValueError("one of the statements is empty")
         return self
-
-    @field_serializer("database")
-    def _by_name(self, database: SqlAlchemyConnector | str) -> str:
-        # What is stored with a flow run must hold no secret, and the block's URL is plain text.
-        return block_name(database, SqlAlchemyConnector) or "(a block that is not saved)"
 
     @property
     def what(self) -> str:
@@ -396,22 +389,17 @@ async def _stop(process: ShellProcess) -> None:
 
 
 async def _sql(step: SqlStep, interval: DataInterval | None) -> dict[str, Any]:
-    connector = await load_block(SqlAlchemyConnector, step.database)
+    statements = fill_in(step.statements, interval)
     try:
-        return {"rows": await asyncio.to_thread(_execute, connector, fill_in(step.statements, interval))}
+        return {"rows": await with_database(step.database, lambda engine: _execute(engine, statements))}
     except SQLAlchemyError as error:
-        # Its own text quotes the statement and an address; the driver's says what is wrong.
-        raise _Failed(str(getattr(error, "orig", None) or error)) from None
+        raise _Failed(reason_of(error)) from None
 
 
-def _execute(connector: SqlAlchemyConnector, statements: list[str]) -> int | None:
-    engine = connector.get_engine()
-    try:
-        with engine.begin() as connection:
-            # As they are: `:name` and `%` mean what they mean in the database.
-            counts = [connection.exec_driver_sql(statement).rowcount for statement in statements]
-    finally:
-        engine.dispose()  # a DuckDB file that stays open can't be opened by dbt
+def _execute(engine: Engine, statements: list[str]) -> int | None:
+    with engine.begin() as connection:
+        # As they are: `:name` and `%` mean what they mean in the database.
+        counts = [connection.exec_driver_sql(statement).rowcount for statement in statements]
     told = [count for count in counts if count >= 0]
     return sum(told) if told else None
 

@@ -1,0 +1,61 @@
+"""Databases: named by a SQLAlchemy Connector block, spoken to in a thread, and given free again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Annotated, TypeVar
+
+from prefect_sqlalchemy import SqlAlchemyConnector
+from pydantic import PlainSerializer, WithJsonSchema
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from blocks.reference import block_name, load_block
+
+T = TypeVar("T")
+
+
+def _by_name(database: SqlAlchemyConnector | str) -> str:
+    # What is stored with a flow run must hold no secret, and the block's URL is plain text.
+    return block_name(database, SqlAlchemyConnector) or "(a block that is not saved)"
+
+
+DatabaseRef = Annotated[
+    SqlAlchemyConnector | str,
+    PlainSerializer(_by_name, return_type=str),
+    # In a form and in a deployment it is the name; instances are for scripts.
+    WithJsonSchema({"type": "string", "description": "Name of a saved SQLAlchemy Connector block."}),
+]
+"""A database, or the name of its block."""
+
+
+async def with_database(database: DatabaseRef, work: Callable[[Engine], T]) -> T:
+    """Do something with a database, in a thread of its own.
+
+    Args:
+        database: The block, or the name of a saved one.
+        work: What to do. It is not for an async engine.
+
+    Returns:
+        What `work` returns.
+
+    Raises:
+        BlockNotFound: The database is the name of a block that is not saved.
+        SQLAlchemyError: The database can't be reached or refuses; `reason_of` it is for people.
+    """
+    connector = await load_block(SqlAlchemyConnector, database)
+
+    def run() -> T:
+        engine = connector.get_engine()
+        try:
+            return work(engine)
+        finally:
+            engine.dispose()  # a DuckDB file that stays open can't be opened by dbt
+
+    return await asyncio.to_thread(run)
+
+
+def reason_of(error: SQLAlchemyError) -> str:
+    """What is wrong, in one line: the driver's words. SQLAlchemy's own quote the statement and an address."""
+    return " ".join(str(getattr(error, "orig", None) or error).split())
