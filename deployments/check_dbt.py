@@ -32,6 +32,11 @@ from tasks.tools import TOOLS
 ANY = "*"
 """Stands for the connections of a selection."""
 
+_REQUESTS: dict[str, TypeAdapter[Any]] = {
+    "syncs": TypeAdapter(list[Sync]),
+    "activations": TypeAdapter(list[Activation]),
+}
+
 
 class Failed(Exception):
     """A check failed; the message says what to do."""
@@ -102,6 +107,26 @@ class DbtProject:
         return done.result
 
 
+def requests_of(deployment: Mapping[str, Any], name: str) -> list[Parameters]:
+    """What a deployment asks for, as its flow takes it.
+
+    Args:
+        deployment: Its entry in a prefect.yaml.
+        name: Which of its parameters, `syncs` or `activations`.
+
+    Raises:
+        Failed: They are not what the flow takes.
+    """
+    written = (deployment.get("parameters") or {}).get(name) or []
+    try:
+        requests: list[Parameters] = _REQUESTS[name].validate_python(written)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(part) for part in (name, *first["loc"]))
+        raise Failed(f"{where} of deployment {deployment['name']}: {first['msg']}") from None
+    return requests
+
+
 def known_ids(prefect_file: Path) -> dict[str, set[str]]:
     """What the deployments run, by tool.
 
@@ -110,16 +135,8 @@ def known_ids(prefect_file: Path) -> dict[str, set[str]]:
     """
     known: dict[str, set[str]] = {}
     for deployment in yaml.safe_load(prefect_file.read_text())["deployments"]:
-        parameters = deployment.get("parameters") or {}
-        for name, kind in (("syncs", Sync), ("activations", Activation)):
-            adapter: TypeAdapter[list[Parameters]] = TypeAdapter(list[kind])  # type: ignore[valid-type]
-            try:
-                requests = adapter.validate_python(parameters.get(name) or [])
-            except ValidationError as error:
-                first = error.errors(include_url=False, include_input=False)[0]
-                where = ".".join(str(part) for part in (name, *first["loc"]))
-                raise Failed(f"{where} of deployment {deployment['name']}: {first['msg']}") from None
-            for request in requests:
+        for name in _REQUESTS:
+            for request in requests_of(deployment, name):
                 tool = TOOLS[request.tool]
                 # A selection stands for connections that only its vendor can tell.
                 id_ = request.resource_id.casefold() if request.tool == tool.name else ANY

@@ -27,8 +27,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deployments.check_dbt import DbtProject, Failed
+from deployments.check_dbt import DbtProject, Failed, requests_of
 from tasks.dbt.lineage import Lineage
+from tasks.jobs import Parameters
 from tasks.tools import TOOLS
 
 _HEADER = """\
@@ -120,19 +121,26 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
         Failed: No connection of the base feeds it.
     """
     parameters = dict(base["parameters"])
-    syncs = [sync for sync in parameters["syncs"] if _feeds(sync, pipeline, lineage)]
-    if not syncs:
+    # They are written down as the base has them, and understood as its flow understands them.
+    feeding = [
+        (written, sync)
+        for written, sync in zip(parameters["syncs"], requests_of(base, "syncs"), strict=True)
+        if _feeds(sync, pipeline, lineage)
+    ]
+    if not feeding:
         raise Failed(f"no connection of the deployment {base['name']} feeds {pipeline.select}")
     below = {
         exposure.unique_id
         for exposure in lineage.exposures
         if exposure.parents and set(exposure.parents) <= pipeline.nodes
     } | pipeline.nodes
-    parameters["syncs"] = syncs
+    parameters["syncs"] = [written for written, _ in feeding]
     parameters["transform"] = {**parameters["transform"], "select": [pipeline.select]}
     parameters["activations"] = [
-        activation
-        for activation in parameters.get("activations", ())
+        written
+        for written, activation in zip(
+            parameters.get("activations") or (), requests_of(base, "activations"), strict=True
+        )
         if _stands_on(activation, below, lineage)
     ]
     models = sorted(
@@ -141,7 +149,7 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
     entry: dict[str, Any] = {
         "name": pipeline.name,
         "entrypoint": base["entrypoint"],
-        "description": _description(pipeline, syncs, models),
+        "description": _description(pipeline, [sync for _, sync in feeding], models),
         "tags": ["elt", "pipeline", *([f"owner:{pipeline.owner}"] if pipeline.owner else [])],
         "work_pool": base["work_pool"],
         "concurrency_limit": base["concurrency_limit"],
@@ -152,31 +160,26 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
     return {**entry, "parameters": parameters}
 
 
-def _feeds(sync: dict[str, Any], pipeline: Pipeline, lineage: Lineage) -> bool:
+def _feeds(sync: Parameters, pipeline: Pipeline, lineage: Lineage) -> bool:
     """Whether a connection fills a source of the pipeline; one that no source names may fill any."""
-    tool = TOOLS[sync["tool"]]
-    if sync["tool"] != tool.name:  # a selection: only its vendor can tell what is in it
+    tool = TOOLS[sync.tool]
+    if sync.tool != tool.name:  # a selection: only its vendor can tell what is in it
         return True
     key = tool.meta
-    named = lineage.sources_of(_resource_of(sync), key=key)
+    named = lineage.sources_of(sync.resource_id, key=key)
     if named:
         return bool(named & pipeline.nodes)
     return any(not source.filler_named for source in lineage.sources if source.unique_id in pipeline.nodes)
 
 
-def _stands_on(activation: dict[str, Any], below: set[str], lineage: Lineage) -> bool:
-    key = TOOLS[activation["tool"]].meta
-    exposures = lineage.exposures_for(key=key, value=_resource_of(activation))
+def _stands_on(activation: Parameters, below: set[str], lineage: Lineage) -> bool:
+    key = TOOLS[activation.tool].meta
+    exposures = lineage.exposures_for(key=key, value=activation.resource_id)
     return bool(exposures) and all(exposure.unique_id in below for exposure in exposures)
 
 
-def _resource_of(parameters: dict[str, Any]) -> str:
-    ids = (value for name, value in parameters.items() if name.endswith("_id"))
-    return str(next(ids, parameters["tool"]))
-
-
-def _description(pipeline: Pipeline, syncs: list[dict[str, Any]], models: list[str]) -> str:
-    names = ", ".join(str(sync.get("name") or _resource_of(sync)) for sync in syncs)
+def _description(pipeline: Pipeline, syncs: list[Parameters], models: list[str]) -> str:
+    names = ", ".join(sync.label for sync in syncs)
     owner = f" Owned by **{pipeline.owner}**." if pipeline.owner else ""
     return (
         f"Keeps {pipeline.what} fresh: `{pipeline.select}`.{owner}\n\n"

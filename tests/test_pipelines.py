@@ -116,6 +116,17 @@ def test_connections_that_no_source_names() -> None:
     assert [sync["connection_id"] for sync in entry["parameters"]["syncs"]] == [A, C]
 
 
+def test_a_job_that_has_no_number() -> None:
+    """An HTTP job is known by its name and arguments, as in `meta.http_job`."""
+    graph = lineage()
+    books = graph.nodes["exposure.books"]
+    books.meta.update(http_job="power-bi?dataset=5")
+    (pipeline,) = declared_pipelines(graph, {})
+    jobs = [{"tool": "http-job", "job": "power-bi", "arguments": {"dataset": number}} for number in (4, 5)]
+    base = {**BASE, "parameters": {**BASE["parameters"], "activations": jobs}}
+    assert deployment(pipeline, graph, base)["parameters"]["activations"] == jobs[1:]
+
+
 @pytest.mark.parametrize(
     ("pipeline", "variables", "says"),
     [
