@@ -9,6 +9,7 @@ import asyncio
 import dataclasses
 import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 from uuid import uuid4
 
@@ -29,12 +30,26 @@ from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
 from tasks.hightouch_jobs import HightouchVendor
 from tasks.http_job import HttpJobRun
 from tasks.http_job_vendor import HttpJobVendor
-from tasks.jobs import JobPolicy, JobResult, JobVendor, MemoryJournal, PlainRequest, run_job
+from tasks.jobs import Entry, JobPolicy, JobResult, JobVendor, MemoryJournal, PlainRequest, run_job
 from tests.jobs_fixtures import until
 
 GRACE = 0.3  # seconds for which a job that was started may not be seen
 JOB = 0.15  # seconds that a job takes
 _numbers = itertools.count(1)
+
+
+class Noting(MemoryJournal):
+    """A journal that tells when a job is known to have started: before the first look at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once_started: Callable[[], object] = lambda: None
+
+    async def record(self, entry: Entry, *, urgent: bool = False) -> None:
+        await super().record(entry, urgent=urgent)
+        if entry.handle:
+            then, self.once_started = self.once_started, lambda: None
+            then()
 
 
 class Subject(ABC):
@@ -53,6 +68,7 @@ class Subject(ABC):
     start: ClassVar[str]  # the path of a start request, a POST
     look: ClassVar[str]  # the path of a request by which a job is watched
     look_method: ClassVar[str] = "GET"
+    good: ClassVar[str] = "succeeded"  # the word for a good end
     cancel: ClassVar[tuple[str, str] | None] = None  # method and path; None where the vendor has none
     vendor_class: ClassVar[type]
 
@@ -61,7 +77,7 @@ class Subject(ABC):
 
     def __init__(self, sandbox: Sandbox) -> None:
         self.sandbox = sandbox
-        self.journal = MemoryJournal()
+        self.journal = Noting()
         self.faults: list[int] = []
 
     @abstractmethod
@@ -74,8 +90,17 @@ class Subject(ABC):
 
     @property
     @abstractmethod
+    def runs(self) -> Sequence[Any]:
+        """The jobs at the vendor, oldest first."""
+
+    @property
     def jobs(self) -> int:
         """How many jobs the vendor has seen."""
+        return len(self.runs)
+
+    def end_first(self) -> None:
+        """Let the oldest job succeed now, if it has not ended."""
+        self.runs[0].timeline.finish(self.good)
 
     @property
     def cancels(self) -> int:
@@ -151,8 +176,8 @@ class Airbyte(Subject):
         self.sandbox.airbyte.start(self.connection_id, "sync")
 
     @property
-    def jobs(self) -> int:
-        return len(self.sandbox.airbyte.jobs_of(self.connection_id))
+    def runs(self) -> Sequence[Any]:
+        return self.sandbox.airbyte.jobs_of(self.connection_id)
 
     def expire_sign_in(self) -> None:
         self.sandbox.airbyte.revoke_tokens()
@@ -178,6 +203,7 @@ class Hightouch(Subject):
     start = r"/syncs/\d+/trigger$"
     look = r"/syncs/\d+/runs$"
     vendor_class = HightouchVendor
+    good = "success"
 
     def __init__(self, sandbox: Sandbox) -> None:
         super().__init__(sandbox)
@@ -201,8 +227,8 @@ class Hightouch(Subject):
         self.sandbox.hightouch.trigger(self.sync_id)
 
     @property
-    def jobs(self) -> int:
-        return len(self.sandbox.hightouch.runs_of(self.sync_id))
+    def runs(self) -> Sequence[Any]:
+        return self.sandbox.hightouch.runs_of(self.sync_id)
 
 
 class DbtCloud(Subject):
@@ -215,6 +241,7 @@ class DbtCloud(Subject):
     look = r"/runs/"
     cancel = ("POST", r"/runs/\d+/cancel/$")
     vendor_class = DbtCloudVendor
+    good = "10"
 
     def __init__(self, sandbox: Sandbox) -> None:
         super().__init__(sandbox)
@@ -235,8 +262,8 @@ class DbtCloud(Subject):
         self.sandbox.dbt_cloud.trigger(self.job_id)
 
     @property
-    def jobs(self) -> int:
-        return len(self.sandbox.dbt_cloud.runs_of(self.job_id))
+    def runs(self) -> Sequence[Any]:
+        return self.sandbox.dbt_cloud.runs_of(self.job_id)
 
 
 class Fivetran(Subject):
@@ -268,8 +295,8 @@ class Fivetran(Subject):
         self.sandbox.fivetran.trigger(self.connection_id)
 
     @property
-    def jobs(self) -> int:
-        return len(self.sandbox.fivetran.syncs_of(self.connection_id))
+    def runs(self) -> Sequence[Any]:
+        return self.sandbox.fivetran.syncs_of(self.connection_id)
 
 
 class DeclaredJob(Subject):
@@ -308,8 +335,8 @@ class DeclaredJob(Subject):
         self.sandbox.dashboards.refresh(self.model)
 
     @property
-    def jobs(self) -> int:
-        return len(self.sandbox.dashboards.refreshes_of(self.model))
+    def runs(self) -> Sequence[Any]:
+        return self.sandbox.dashboards.refreshes_of(self.model)
 
     def expire_sign_in(self) -> None:
         self.sandbox.dashboards.tokens.clear()
@@ -325,6 +352,7 @@ class Census(Subject):
     look = r"/sync_runs/\d+$"
     cancel = ("POST", r"/sync_runs/\d+/cancel$")
     vendor_class = CensusVendor
+    good = "completed"
 
     def __init__(self, sandbox: Sandbox) -> None:
         super().__init__(sandbox)
@@ -352,8 +380,8 @@ class Census(Subject):
         self.sandbox.census.trigger(self.sync_id)
 
     @property
-    def jobs(self) -> int:
-        return len(self.sandbox.census.runs_of(self.sync_id))
+    def runs(self) -> Sequence[Any]:
+        return self.sandbox.census.runs_of(self.sync_id)
 
 
 _ALL = (Airbyte, AirbyteConfig, Hightouch, DbtCloud, Fivetran, Census, DeclaredJob)

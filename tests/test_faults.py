@@ -26,7 +26,7 @@ from blocks.http import (
 )
 from sandbox import Sandbox, catalog
 from tasks.jobs import InputError, JobCancelled, JobError, JobFailed, JobResult, JobState, JobTimeout
-from tests.faults_fixtures import SUBJECTS, Subject, scaled
+from tests.faults_fixtures import JOB, SUBJECTS, Subject, scaled
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
 
 __all__ = ["collected", "scaled"]
@@ -125,9 +125,7 @@ WHILE_IT_RUNS: dict[str, Cell] = {
     # -- no matter of requests
     "it fails": Cell(None, JobFailed, behave={"outcome": "fail"}),
     "somebody cancels it": Cell(None, JobCancelled, "was cancelled in", behave={"outcome": "cancel"}),
-    "an unknown state for a while": Cell(
-        None, log="not in its contract", behave={"outcome": "unknown_word", "word_seconds": 0.15}
-    ),
+    "an unknown state for a while": Cell(None, log="not in its contract", behave={"outcome": "unknown_word"}),
     "an unknown state for ever": Cell(
         None,
         JobTimeout,
@@ -168,7 +166,7 @@ EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # Neither Hightouch's nor Fivetran's API can cancel.
     ("hightouch", "an unknown state for ever"): _NO_CANCEL,
     ("hightouch", "it never ends"): _NO_CANCEL,
-    ("fivetran", "an unknown state for a while"): {"behave": {**_STRANGE, "word_seconds": 0.15}},
+    ("fivetran", "an unknown state for a while"): {"behave": _STRANGE},
     ("fivetran", "an unknown state for ever"): {**_NO_CANCEL, "behave": _STRANGE},
     ("fivetran", "it never ends"): _NO_CANCEL,
     # A sync that somebody stops in Fivetran leaves no trace: neither a success nor a failure is newer.
@@ -274,10 +272,13 @@ async def test_while_it_runs(
     subject = SUBJECTS[vendor](clean)
     if cell.behave:
         subject.behave(**cell.behave)
-    run = subject.begin(**cell.policy)
     if cell.fault:
-        await subject.until_started()
-        subject.break_look(**cell.fault)
+        fault = cell.fault
+        subject.journal.once_started = lambda: subject.break_look(**fault)
+    run = subject.begin(**cell.policy)
+    if cell.gives is SUCCEEDED and cell.behave:  # until it has been seen in its odd state
+        await until(lambda: run.done() or cell.log in caplog.text)
+        subject.end_first()
     await over(run)
     await check(subject, run, cell, caplog.text)
 
@@ -288,10 +289,16 @@ async def test_running_already(
 ) -> None:
     """A job that is running already is waited for, adopted, or reason to do nothing, as the policy says."""
     subject = SUBJECTS[vendor](clean)
-    subject.behave(duration=0.3)
+    subject.behave(duration=300)
     subject.start_by_hand()
+    subject.behave(duration=JOB)
     row = request.node.callspec.id.removesuffix(f"-{vendor}")
     run = subject.begin(on_active=row)
+    if cell.gives is SUCCEEDED:
+        # Until it is seen that ours is waiting, or that the other is taken as ours.
+        waits = (lambda: cell.log in caplog.text) if cell.log else (lambda: subject.jobs == cell.starts)
+        await until(lambda: run.done() or waits())
+        subject.end_first()
     await over(run)
     await check(subject, run, cell, caplog.text)
 
@@ -300,11 +307,11 @@ async def test_running_already(
 async def test_refused_connections(clean: Sandbox, caplog: pytest.LogCaptureFixture, vendor: str) -> None:
     """A vendor that is down, at the start and in mid-run, is waited for; the job is one."""
     subject = SUBJECTS[vendor](clean)
-    subject.behave(duration=0.8)
     clean.outage(0.15)
+    subject.journal.once_started = clean.pause
     run = subject.begin()
-    await subject.until_started()
-    clean.outage(0.3)
+    await until(lambda: "is not touched" in caplog.text)
+    clean.resume()
     assert (await run).state is SUCCEEDED
     assert (subject.jobs, subject.cancels) == (1, 0)
     assert "answers again" in caplog.text
@@ -314,10 +321,8 @@ async def test_refused_connections(clean: Sandbox, caplog: pytest.LogCaptureFixt
 async def test_refused_for_longer_than_is_borne(clean: Sandbox, vendor: str) -> None:
     """Beyond the budget the error says that the job was not touched, and a retry attaches to it."""
     subject = SUBJECTS[vendor](clean)
-    subject.behave(duration=1.0)
+    subject.journal.once_started = clean.pause
     run = subject.begin(outage=0.2)
-    await subject.until_started()
-    clean.pause()
     try:
         with pytest.raises(VendorUnavailable, match="was not touched"):
             await run
@@ -332,15 +337,16 @@ async def test_refused_for_longer_than_is_borne(clean: Sandbox, vendor: str) -> 
 async def test_401_once(clean: Sandbox, vendor: str, moment: str) -> None:
     """A token that has expired is fetched anew and nobody notices; a refused key is an error at once."""
     subject = SUBJECTS[vendor](clean)
-    subject.behave(duration=0.3)
-    if moment == "at the start":
-        subject.break_start(**status(401))
-        run = subject.begin()
-    else:
-        run = subject.begin()
-        await subject.until_started()
+
+    def refuse() -> None:
         subject.expire_sign_in()
         subject.break_look(**status(401))
+
+    if moment == "at the start":
+        subject.break_start(**status(401))
+    else:
+        subject.journal.once_started = refuse
+    run = subject.begin()
     await over(run)
     gives = SUCCEEDED if subject.has_token else AuthError
     starts = 1 if subject.has_token or moment == "while it runs" else 0
