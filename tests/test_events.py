@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -13,7 +14,6 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from events_fixtures import Target, an_event, api, failures_of, stored, target
 from prefect import get_client
 from prefect.client.orchestration import PrefectClient, SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -30,6 +30,7 @@ from tasks.events import (
     hand_over,
     read_triggers,
 )
+from tests.events_fixtures import Target, an_event, api, failures_of, stored, target
 
 __all__ = ["api", "target"]
 
@@ -403,3 +404,24 @@ async def test_a_big_batch_needs_few_requests(target: Target) -> None:
     assert len({run.flow_run_id for one in told for run in one.runs}) == len(target.runs()) == 101
     # One look-up of the deployment beside the runs, and the events a hundred at a time.
     assert server.taken == {"csrf-token": 0, "deployments": 102, "events": 2}
+
+
+@pytest.mark.no_server
+def test_the_triggers_of_this_repository() -> None:
+    """The shipped once triggers can be read, each for a deployment that there is, and cover what they say."""
+    found = {one.name: one for one in read_triggers(REPOSITORY / "deployments" / "prefect.yaml")}
+    build = found["build on a sync of Airbyte's own scheduler"]
+    example = json.loads((REPOSITORY / "deployments/examples/elt.airbyte.job.succeeded.json").read_text())
+    labels = dict(example["resource"])
+    event = an_event(
+        name=example["event"],
+        resource_id=labels.pop("prefect.resource.id"),
+        resource_name=labels.pop("prefect.resource.name"),
+        labels=labels,
+        payload=example["payload"],
+    )
+    assert [one.name for one in found.values() if one.covers(event)] == [build.name]
+    selected = "config.meta.airbyte_connection_id:7f1a6002-2013-4a00-8000-000000000002+"
+    assert build.rendered(event)["dbt"]["select"] == [selected]
+    ours = event.model_copy(update={"labels": {**labels, "elt.started-by": "elt-flows"}})
+    assert not any(one.covers(ours) for one in found.values())

@@ -106,8 +106,8 @@ class EltEvent(BaseModel):
 
     @property
     def label(self) -> str:
-        """What a person reads: the event and its key."""
-        return f"{self.name} ({self.key})"
+        """What a person reads: the event and its key, in one line."""
+        return f"{self.name} ({self.key if self.key.isprintable() else ascii(self.key)})"
 
 
 class StartedRun(BaseModel):
