@@ -6,12 +6,32 @@ from blocks.fivetran import FivetranCredentials
 from blocks.hightouch import HightouchCredentials
 from blocks.http_job import HttpJob
 from blocks.pagerduty import PagerDutyRouting
+from blocks.receiver import (
+    AirbyteWebhook,
+    CensusWebhook,
+    DbtCloudWebhook,
+    FivetranWebhook,
+    GitWebhook,
+    PagerDutyWebhook,
+    S3Webhook,
+    SignedWebhook,
+    SlackCommand,
+)
 
 __all__ = [
     "AirbyteServer",
+    "AirbyteWebhook",
     "CensusCredentials",
+    "CensusWebhook",
+    "DbtCloudWebhook",
     "FivetranCredentials",
+    "FivetranWebhook",
+    "GitWebhook",
     "HightouchCredentials",
     "HttpJob",
     "PagerDutyRouting",
+    "PagerDutyWebhook",
+    "S3Webhook",
+    "SignedWebhook",
+    "SlackCommand",
 ]

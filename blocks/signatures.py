@@ -25,6 +25,7 @@ from typing import Literal
 from pydantic import SecretStr
 
 Sender = Literal["fivetran", "dbt-cloud", "census", "slack", "pagerduty"]
+Encoding = Literal["hex", "base64"]
 
 _HEADERS: dict[Sender, str] = {
     "fivetran": "X-Fivetran-Signature-256",
@@ -86,6 +87,59 @@ def check_signature(
             if hmac.compare_digest(candidate, expected):
                 return
     raise BadSignature(f"the header {_HEADERS[sender]} does not fit the body")
+
+
+def check_hmac(
+    headers: Mapping[str, str],
+    body: bytes,
+    secrets: Sequence[SecretStr],
+    *,
+    header: str,
+    prefix: str = "",
+    encoding: Encoding = "hex",
+) -> None:
+    """See that a header holds the HMAC-SHA256 of the body, made with one of the secrets.
+
+    Args:
+        headers: Of the request; their names in any case.
+        body: The bytes of the request as they came.
+        secrets: The secrets that are valid.
+        header: Name of the header with the signature.
+        prefix: What stands before it, such as `sha256=`.
+        encoding: How it is written.
+
+    Raises:
+        BadSignature: It does not.
+    """
+    given = {name.casefold(): value for name, value in headers.items()}.get(header.casefold(), "").strip()
+    if not given.startswith(prefix) or not given:
+        raise BadSignature(f"there is no header {header}" + (f" that begins with {prefix}" if prefix else ""))
+    candidate = given.removeprefix(prefix).encode()
+    for secret in secrets:
+        digest = hmac.new(secret.get_secret_value().encode(), body, sha256)
+        if encoding == "base64":
+            expected = base64.b64encode(digest.digest())
+        else:
+            expected, candidate = digest.hexdigest().encode(), candidate.lower()
+        if hmac.compare_digest(candidate, expected):
+            return
+    raise BadSignature(f"the header {header} does not fit the body")
+
+
+def check_token(headers: Mapping[str, str], secrets: Sequence[SecretStr], *, header: str) -> None:
+    """See that a header holds one of the secrets itself, as GitLab and EventBridge send it.
+
+    Raises:
+        BadSignature: It does not.
+    """
+    given = {name.casefold(): value for name, value in headers.items()}.get(header.casefold(), "")
+    if not is_secret(given, secrets):
+        raise BadSignature(f"the header {header} is not there or holds another secret")
+
+
+def is_secret(given: str, secrets: Sequence[SecretStr]) -> bool:
+    """Whether a stranger's text is one of the secrets; takes as long whatever they have in common."""
+    return any(hmac.compare_digest(given.encode(), one.get_secret_value().encode()) for one in secrets)
 
 
 def _written(sender: Sender, digest: hmac.HMAC) -> bytes:

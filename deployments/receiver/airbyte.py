@@ -1,0 +1,159 @@
+"""Airbyte's notifications: a job has succeeded or failed.
+
+Airbyte signs nothing and sends each notification once, so the address carries a secret, a notification is
+no more than a hint, and the job is read again from Airbyte's own API: what that says is the event. Of a
+cancelled job there is no notification, and none at all where the receiver was away.
+
+Vendor documentation: https://docs.airbyte.com/platform/cloud/managing-airbyte-cloud/manage-airbyte-cloud-notifications
+"""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from pydantic import AwareDatetime, BaseModel, Field
+from starlette.responses import Response
+
+from blocks.errors import NotFoundError
+from blocks.receiver import AirbyteWebhook
+from blocks.signatures import is_secret
+from deployments.receiver.source import AWAY, Desk, Hook, Reading, Refused, Source, TryAgain
+from tasks.airbyte_jobs import AirbyteVendor
+from tasks.events import EltEvent, Related
+from tasks.jobs import JobState
+from tasks.jobs.started import started_by_us
+
+_OUTCOMES = {JobState.SUCCEEDED: "succeeded", JobState.FAILED: "failed", JobState.CANCELLED: "cancelled"}
+
+_EARLY = (0.5, 1.0, 2.0)
+"""Seconds between looks at a job that has not ended yet, while Airbyte waits for the answer."""
+
+_PATIENCE = 15.0
+"""Seconds for all of that, handing over included."""
+
+_LATER = (5.0, 10.0, 15.0, 30.0, 60.0, 120.0, 300.0)
+"""The same when it has had its answer, 503: it does not ask again."""
+
+
+class _Connection(BaseModel):
+    id: UUID
+
+
+class _Data(BaseModel):
+    job_id: int = Field(alias="jobId", ge=1)
+    connection: _Connection
+    finished_at: AwareDatetime | None = Field(default=None, alias="finishedAt")
+
+
+class _Notification(BaseModel):
+    data: _Data | None = None
+
+
+class NotEnded(TryAgain):
+    """The job that was told of is still running by Airbyte's own API."""
+
+
+class AirbyteSource(Source[AirbyteWebhook]):
+    """Each job that has ended is an event; notices without a job are acknowledged."""
+
+    kind = AirbyteWebhook
+
+    def __init__(self, block: AirbyteWebhook, name: str) -> None:
+        super().__init__(block, name)
+        self._vendor = AirbyteVendor(block.server)
+
+    @property
+    def shown_path(self) -> str:
+        """With a placeholder for the secret."""
+        return f"{self.path}/<secret>"
+
+    async def open(self, stack: AsyncExitStack, client: PrefectClient) -> None:
+        """Also hold the account's client, and with it the token, for the next notification."""
+        await super().open(stack, client)
+        await stack.enter_async_context(self.block.server.client())
+
+    async def answer(self, hook: Hook, desk: Desk) -> Response:
+        """As any source; but what can't be taken now is tried again here, for Airbyte tells of it once."""
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                return await super().answer(hook, desk)
+        except TimeoutError:
+            desk.later(self._later(hook, desk))
+            raise TryAgain("Airbyte's API does not answer in time") from None
+        except AWAY:
+            desk.later(self._later(hook, desk))
+            raise
+
+    async def _later(self, hook: Hook, desk: Desk) -> None:
+        for last, pause in enumerate(_LATER, start=1 - len(_LATER)):
+            await asyncio.sleep(pause)
+            try:
+                await desk.hand_over((await self._read(hook, ())).events, ())
+            except AWAY:
+                if not last:
+                    raise
+            else:
+                return
+
+    async def read(self, hook: Hook) -> Reading:
+        """See `Source.read`."""
+        return await self._read(hook, _EARLY)
+
+    async def _read(self, hook: Hook, looks: tuple[float, ...]) -> Reading:
+        if not is_secret(hook.tail, [self.block.url_secret]):
+            raise Refused("there is no such source", 404)
+        data = hook.read(_Notification).data
+        if data is None:
+            return Reading(ignored="a notice without a job")
+        if data.finished_at is None:
+            return Reading(ignored="a job that has not begun")  # in a notice of one that is queued
+        return await self._ended(data, looks)
+
+    async def _ended(self, data: _Data, looks: tuple[float, ...]) -> Reading:
+        for pause in (*looks, None):
+            try:
+                handle, request, status = await self._vendor.look_up(str(data.job_id))
+            except NotFoundError:
+                raise Refused(f"this Airbyte has no job {data.job_id}") from None
+            if handle.resource_id != str(data.connection.id):
+                raise Refused(f"job {data.job_id} is not of this connection")
+            if (outcome := _OUTCOMES.get(status.state)) is not None:
+                break
+            if pause is not None:
+                await asyncio.sleep(pause)
+        else:
+            raise NotEnded(f"job {data.job_id} has not ended by Airbyte's own word")
+        flow_run = await started_by_us(
+            self.client, self._vendor.name, handle.resource_id, began=handle.started_at, job_id=handle.job_id
+        )
+        payload: dict[str, Any] = {
+            "job_id": handle.job_id,
+            "operation": request.operation,
+            "connection_id": handle.resource_id,
+            "connection_name": request.name,
+            "owner": request.owner,
+            "rows": status.rows,
+            "bytes": status.bytes,
+            "message": status.message,
+            "url": handle.url,
+            "started_by_flow_run": str(flow_run) if flow_run else None,
+        }
+        event = EltEvent(
+            name=f"elt.airbyte.job.{outcome}",
+            key=f"airbyte:{self.name}:{handle.job_id}",
+            occurred=data.finished_at or datetime.now(UTC),
+            resource_id=f"elt.airbyte.connection.{handle.resource_id}",
+            resource_name=request.name,
+            labels={
+                "elt.airbyte.operation": request.operation,
+                "elt.started-by": "elt-flows" if flow_run else "airbyte",
+            },
+            payload=payload,
+            related=(Related(id=f"prefect.flow-run.{flow_run}", role="started-by"),) if flow_run else (),
+        )
+        return Reading((event,))
