@@ -43,6 +43,9 @@ def _add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     serve.add_argument(
         "--job-seconds", type=float, default=3.0, help="how long a job takes at least (default: 3)"
     )
+    serve.add_argument(
+        "--webhooks", metavar="URL", help="of a receiver: tell it of jobs that end, as the vendors would"
+    )
     serve.set_defaults(run=_serve)
 
 
@@ -58,6 +61,8 @@ def _serve(args: argparse.Namespace) -> int:
             f"The sandbox cannot listen on port {args.port}: {exc.strerror}. Try --port 0.", file=sys.stderr
         )
         return 1
+    if args.webhooks:
+        sandbox.webhooks.to(args.webhooks)
     try:
         print(guide(sandbox))
         print("Ctrl-C ends it.", flush=True)

@@ -41,6 +41,8 @@ TABLEAU_TOKEN_SECRET = "sandbox-tableau-secret"  # noqa: S105
 TABLEAU_SITE = "flights"
 TABLEAU_SITE_ID = "517e0000-2013-4a00-8000-00000000aaaa"
 
+WEBHOOK_SECRET = "sandbox-webhook-secret"  # noqa: S105 - published, as all of the sandbox's are
+
 CENSUS_API_KEY = "sandbox-census-key"
 CENSUS_WORKSPACE_ID = 3167
 

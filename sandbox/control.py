@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from sandbox.airbyte_jobs import Connection, ConnectionChange
+from sandbox.airbyte_jobs import Connection, ConnectionChange, StartRefused
 from sandbox.census import CensusChange
 from sandbox.census import Sync as CensusSync
 from sandbox.dashboards import Dashboard, DashboardChange
@@ -27,6 +27,7 @@ from sandbox.hightouch_sequences import Sequence
 from sandbox.requestlog import as_dict
 from sandbox.slack import ChannelError
 from sandbox.timeline import SequenceBehaviour
+from sandbox.webhooks import Vendor
 
 if TYPE_CHECKING:
     from sandbox.server import Sandbox
@@ -49,6 +50,11 @@ class _NewConnections(_Body):
 
 class _Outage(_Body):
     seconds: float = Field(gt=0, le=3600)
+
+
+class _Webhooks(_Body):
+    receiver: str | None = Field(None, description="Base URL of a receiver with blocks called `sandbox`.")
+    urls: dict[Vendor, str] = Field(default_factory=dict, description="Or an address for each vendor.")
 
 
 class _Finish(_Body):
@@ -89,12 +95,15 @@ class Control:
             _route("/faults", self.delete_faults, "DELETE"),
             _route("/faults/{fault_id:int}", self.delete_fault, "DELETE"),
             _route("/outage", self.outage, "POST"),
+            _route("/webhooks", self.get_webhooks, "GET"),
+            _route("/webhooks", self.put_webhooks, "PUT"),
             _route("/settings", self.get_settings, "GET"),
             _route("/settings", self.patch_settings, "PATCH"),
             _route("/tokens", self.revoke_tokens, "DELETE"),
             _route("/connections", self.get_connections, "GET"),
             _route("/connections", self.add_connections, "POST"),
             _route("/connections/{key}", self.patch_connection, "PATCH"),
+            _route("/connections/{key}/jobs", self.start_job, "POST"),
             _route("/jobs", self.get_jobs, "GET"),
             _route("/jobs/{job_id:int}", self.finish_job, "PATCH"),
             _route("/syncs", self.get_syncs, "GET"),
@@ -230,6 +239,29 @@ class Control:
         if not self.sandbox.faults.remove(request.path_params["fault_id"]):
             raise KeyError(f"fault {request.path_params['fault_id']}")
         return {}
+
+    async def start_job(self, request: Request) -> dict[str, Any]:
+        """POST /connections/{key}/jobs: start a sync, as Airbyte's own scheduler would."""
+        connection = self.sandbox.airbyte.connection(request.path_params["key"])
+        try:
+            job = self.sandbox.airbyte.start(connection.connection_id, "sync")
+        except StartRefused as refused:
+            raise ValueError(f"the connection is {refused.reason}") from None
+        return {"jobId": job.job_id}
+
+    async def get_webhooks(self, request: Request) -> dict[str, Any]:
+        """GET /webhooks: to whom the vendors tell of ended jobs, and what became of it."""
+        webhooks = self.sandbox.webhooks
+        return {"urls": webhooks.urls, "deliveries": [asdict(one) for one in webhooks.deliveries]}
+
+    async def put_webhooks(self, request: Request) -> dict[str, Any]:
+        """PUT /webhooks: tell these of jobs that end from now on; an empty body: nobody."""
+        body = await _parsed(request, _Webhooks)
+        if body.receiver:
+            self.sandbox.webhooks.to(body.receiver)
+        else:
+            self.sandbox.webhooks.set(body.urls)
+        return await self.get_webhooks(request)
 
     async def outage(self, request: Request) -> dict[str, Any]:
         """POST /outage: from a moment after the reply on, connections are refused for some seconds."""

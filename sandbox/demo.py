@@ -12,16 +12,19 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 from uuid import UUID
 
+from deployments.server.local import free_port
 from sandbox import catalog
 from sandbox.stage import Stage
+from sandbox.webhooks import save_sources
 
 if TYPE_CHECKING:
     from flows import EltReport
 
 _ROOT = Path(__file__).parent.parent
+RECEIVER_PORT = 4280
 _QUIET = {
     # The account below takes the place of Prefect's own console; the UI has every line.
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
@@ -84,44 +87,65 @@ def run_ui(args: argparse.Namespace) -> int:
         print(f"Prefect UI  {stage.prefect_url}/v2   (the older interface: {stage.prefect_url})")
         print(f"sandbox     {stage.sandbox_url}")
         print(f"warehouse   {stage.warehouse}")
-        with _Worker(stage):
-            print("The deployments are on a worker: run them from the UI. Ctrl-C ends all of it.", flush=True)
+        with _Worker(stage) as worker:
+            print(f"receiver    {worker.receiver_url}")
+            print("The deployments are on a worker: run them from the UI.")
+            print("A sync by Airbyte's own scheduler is told to the receiver, which starts dbt on it:")
+            print(f"  curl -X POST {stage.sandbox_url}/_sandbox/connections/weather/jobs")
+            print("Ctrl-C ends all of it.", flush=True)
             ended.wait()
     print("Stopped.")
     return 0
 
 
 class _Worker:
-    """Deploys everything and keeps a process worker for it."""
+    """Deploys everything and keeps a process worker for it, and a receiver to which the sandbox tells."""
 
     def __init__(self, stage: Stage) -> None:
+        self._stage = stage
         self._log = stage.state / "prefect" / "worker.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self._port = free_port(RECEIVER_PORT)
+        self._processes: list[subprocess.Popen[bytes]] = []
 
-    def __enter__(self) -> None:
+    @property
+    def receiver_url(self) -> str:
+        """Where the receiver is."""
+        return f"http://127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        sources = [word for source in save_sources(self._stage.sandbox_url) for word in ("--source", source)]
         prefect = [sys.executable, "-m", "prefect"]
         pool = ["work-pool", "create", "elt", "--type", "process", "--overwrite"]
         deploy = ["--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"]
         with self._log.open("ab") as output:
             for command in (pool, deploy):
                 subprocess.run([*prefect, *command], cwd=_ROOT, stdout=output, stderr=output, check=True)  # noqa: S603
-            self._process = subprocess.Popen(  # noqa: S603
+            for command in (
                 [*prefect, "worker", "start", "--pool", "elt", "--type", "process"],
-                cwd=_ROOT,
-                env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "2"},
-                stdout=output,
-                stderr=output,
-                start_new_session=True,
-            )
+                [sys.executable, "-m", "deployments.receiver", "--port", str(self._port), *sources],
+            ):
+                self._processes.append(
+                    subprocess.Popen(  # noqa: S603
+                        command,
+                        cwd=_ROOT,
+                        env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "2"},
+                        stdout=output,
+                        stderr=output,
+                        start_new_session=True,
+                    )
+                )
+        self._stage.control("PUT", "/webhooks", {"receiver": self.receiver_url})
+        return self
 
     def __exit__(self, *_: object) -> None:
-        if self._process:
-            self._process.terminate()
+        for process in self._processes:
+            process.terminate()
+        for process in self._processes:
             try:
-                self._process.wait(30)
+                process.wait(30)
             except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
+                process.kill()
+                process.wait()
 
 
 def _run_chain(stage: Stage, began: float, *, resume: bool) -> EltReport | None:

@@ -122,6 +122,13 @@ Look
     who was paged     curl {control}/pagerduty/alerts
     as pages          {sandbox.url}/slack and {sandbox.url}/pagerduty
 
+Let the vendors tell of jobs that have ended, to a receiver with blocks called `sandbox`
+      curl -X PUT {control}/webhooks -d '{{"receiver":"http://127.0.0.1:4280"}}'
+    their secret      {catalog.WEBHOOK_SECRET}
+    what became of it curl {control}/webhooks
+    a sync by Airbyte's own scheduler
+      curl -X POST {control}/connections/weather/jobs
+
 Make trouble
     the weather sync fails, once:
       curl -X PATCH {control}/connections/weather -d '{{"outcome":"fail","times":1}}'

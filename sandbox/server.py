@@ -44,6 +44,7 @@ from sandbox.pagerduty import PagerDuty
 from sandbox.requestlog import RequestLog
 from sandbox.slack import Slack
 from sandbox.warehouse import Warehouse
+from sandbox.webhooks import Webhooks
 
 HOST = "127.0.0.1"
 _STARTED_WITHIN = 10.0
@@ -98,6 +99,7 @@ class Sandbox:
         self.census = Census(self.warehouse, job_seconds)
         self.slack = Slack()
         self.pagerduty = PagerDuty()
+        self.webhooks = Webhooks(self.airbyte, self.fivetran, self.dbt_cloud, self.census)
         self.requests = RequestLog()
         self.faults = FaultBook()
         self._state = ServerState()
@@ -298,15 +300,16 @@ class Sandbox:
     async def _serve(self, listening: socket.socket) -> None:
         self._loop = asyncio.get_running_loop()
         self._stopping = asyncio.Event()
-        ticking = asyncio.create_task(self._tick())
+        beside = [asyncio.create_task(work) for work in (self._tick(), self.webhooks.run())]
         await self._open(listening)
         self._started.set()
         await self._stopping.wait()
-        ticking.cancel()
+        for task in beside:
+            task.cancel()
         await self._close()
         for task in list(self._state.tasks):
             task.cancel()
-        await asyncio.gather(*self._state.tasks, return_exceptions=True)
+        await asyncio.gather(*beside, *self._state.tasks, return_exceptions=True)
         self._loop = None
         self._started.clear()
 

@@ -21,7 +21,7 @@ from flows import sync_connections
 from sandbox import Sandbox
 from tasks.airbyte import AirbyteSync
 from tasks.jobs import JobPolicy
-from tests.events_fixtures import Target, api, stored, target, until
+from tests.events_fixtures import Target, api, stored, target
 from tests.receiver_fixtures import Sent, as_json, post, running
 
 __all__ = ["api", "target"]
@@ -191,17 +191,6 @@ async def test_airbytes_api_is_away(
     finally:
         sandbox.resume()
     assert (reply.status_code, reply.headers["Retry-After"]) == (503, "10")
-
-
-def test_the_sandbox_tells_once(sandbox: Sandbox) -> None:
-    """The sandbox's Airbyte, as the real one, tells once, of what ends from then on, and never again."""
-    (before, after) = sandbox.airbyte.add_connections(2)
-    started(sandbox, before)
-    until("the first job ends", lambda: sandbox.airbyte.jobs_of(before)[0].status == "succeeded")
-    sandbox.webhooks.set({"airbyte": "http://127.0.0.1:9/nobody"})
-    job = started(sandbox, after)
-    until("it is told", lambda: bool(sandbox.webhooks.deliveries))
-    assert [(one.about, one.status) for one in sandbox.webhooks.deliveries] == [(str(job), None)]
 
 
 @pytest.mark.no_server
