@@ -5,7 +5,6 @@ Vendor documentation: https://reference.airbyte.com/reference/listconnections
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable, Sequence
 
 from prefect import task
@@ -18,7 +17,7 @@ from blocks.http import NotFoundError
 from blocks.reference import load_block
 from tasks.airbyte_jobs import AirbyteVendor, refuse_unless_active
 from tasks.airbyte_model import AirbyteConnections, AirbyteSync
-from tasks.jobs import Checked, InputError, watcher_for, without_traceback
+from tasks.jobs import Checked, InputError, refuse_twice, watcher_for, without_traceback
 
 _FEW = 3  # up to so many connections are read one by one: a list would cost as much
 _SHOWN = 20  # names in a message
@@ -53,8 +52,7 @@ async def airbyte_check(syncs: list[AirbyteSync | AirbyteConnections]) -> list[C
         accounts.append(server.account)
     requests = list(zip(accounts, syncs, strict=True))
     pairs = [(account, sync.connection_id) for account, sync in requests if isinstance(sync, AirbyteSync)]
-    if twice := sorted(connection for (_, connection), count in Counter(pairs).items() if count > 1):
-        raise InputError(f"Connection {', '.join(twice)} is listed more than once. Nothing was started.")
+    refuse_twice("Connection", pairs)
     known: dict[Hashable, dict[str, Connection]] = {}
     for account, server in servers.items():
         wanted = [connection for of, connection in pairs if of == account]

@@ -41,6 +41,7 @@ from tasks.jobs import (
     Sweep,
     Tool,
     ToolParameters,
+    refuse_twice,
     result_of,
     run_job,
     tag_run,
@@ -297,12 +298,12 @@ async def census_check(syncs: list[CensusSync]) -> list[Checked[CensusSync]]:
         VendorError: Census can't be reached or refuses the key.
     """
     without_traceback()
-    accounts: dict[Hashable, set[str]] = defaultdict(set)
     blocks = [await load_block(CensusCredentials, sync.credentials) for sync in syncs]
-    for sync, credentials in zip(syncs, blocks, strict=True):
-        if sync.sync_id in accounts[credentials.account]:
-            raise InputError(f"Census sync {sync.sync_id} is listed more than once. Nothing was started.")
-        accounts[credentials.account].add(sync.sync_id)
+    pairs = [(credentials.account, sync.sync_id) for sync, credentials in zip(syncs, blocks, strict=True)]
+    refuse_twice("Census sync", pairs)
+    accounts: dict[Hashable, set[str]] = defaultdict(set)
+    for account, sync_id in pairs:
+        accounts[account].add(sync_id)
     checked: list[Checked[CensusSync]] = []
     async with AsyncExitStack() as clients:
         for sync, credentials in zip(syncs, blocks, strict=True):

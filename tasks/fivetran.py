@@ -6,7 +6,6 @@ Vendor documentation: https://fivetran.com/docs/rest-api
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Hashable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
@@ -45,6 +44,7 @@ from tasks.jobs import (
     JobStatus,
     Tool,
     ToolParameters,
+    refuse_twice,
     run_job,
     tag_run,
     wait_for_job,
@@ -193,10 +193,7 @@ async def fivetran_check(syncs: list[FivetranSync]) -> list[Checked[FivetranSync
         credentials = await load_block(FivetranCredentials, sync.credentials)
         accounts[credentials.account] = credentials
         pairs.append((credentials.account, sync.connection_id))
-    if twice := sorted(connection for (_, connection), count in Counter(pairs).items() if count > 1):
-        raise InputError(
-            f"Fivetran connection {', '.join(twice)} is listed more than once. Nothing was started."
-        )
+    refuse_twice("Fivetran connection", pairs)
     known: dict[tuple[Hashable, str], Connection] = {}
     for account, credentials in accounts.items():
         wanted = [connection for of, connection in pairs if of == account]

@@ -34,6 +34,7 @@ from tasks.jobs import (
     PlainRequest,
     Tool,
     ToolParameters,
+    refuse_twice,
     result_of,
     run_job,
     tag_run,
@@ -203,14 +204,9 @@ async def _blocks(
 ) -> list[HightouchCredentials]:
     """The credentials of each; refuses what is asked for twice."""
     blocks = [await load_block(HightouchCredentials, request.credentials) for request in requests]
-    seen: set[tuple[Hashable, str]] = set()
-    for request, credentials in zip(requests, blocks, strict=True):
-        key = (credentials.account, request.resource_id)
-        if key in seen:
-            raise InputError(
-                f"Hightouch {what} {request.resource_id} is listed more than once. Nothing was started."
-            )
-        seen.add(key)
+    accounts = [credentials.account for credentials in blocks]
+    ids = [request.resource_id for request in requests]
+    refuse_twice(f"Hightouch {what}", zip(accounts, ids, strict=True))
     return blocks
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from typing import Annotated, Any, Literal
 
 from prefect import task
@@ -31,6 +30,7 @@ from tasks.jobs import (
     PlainRequest,
     Tool,
     ToolParameters,
+    refuse_twice,
     run_job,
     tag_run,
     without_traceback,
@@ -116,15 +116,9 @@ async def http_job_check(runs: list[HttpJobRun]) -> list[Checked[HttpJobRun]]:
         VendorError: The API can't be reached or refuses the credentials.
     """
     without_traceback()
-    checked: list[Checked[HttpJobRun]] = []
-    seen: set[tuple[Hashable, str]] = set()
-    for run in runs:
-        job = await load_block(HttpJob, run.job)
-        if (job.declaration, run.resource_id) in seen:
-            raise InputError(f"The HTTP job {run.resource_id} is listed more than once. Nothing was started.")
-        seen.add((job.declaration, run.resource_id))
-        checked.append(await _look_up(run, job))
-    return checked
+    jobs = [(run, await load_block(HttpJob, run.job)) for run in runs]
+    refuse_twice("The HTTP job", ((job.declaration, run.resource_id) for run, job in jobs))
+    return [await _look_up(run, job) for run, job in jobs]
 
 
 def _run_name() -> str:

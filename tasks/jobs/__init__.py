@@ -24,7 +24,7 @@ from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
 from tasks.jobs.sweep import Sweep
 from tasks.jobs.tags import tag_run
-from tasks.jobs.tool import Checked, Parameters, Request, Tool, ToolParameters
+from tasks.jobs.tool import Checked, Parameters, Request, Tool, ToolParameters, refuse_twice
 from tasks.jobs.vendor import AccountVendor, PlainRequest
 from tasks.jobs.watcher import JobWatcher, watcher_for
 
@@ -63,6 +63,7 @@ __all__ = [
     "current_interrupt",
     "limit_concurrency",
     "read_entries",
+    "refuse_twice",
     "result_of",
     "run_job",
     "tag_run",

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Coroutine
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from prefect import Task
 from pydantic import BaseModel, ConfigDict
 
-from tasks.jobs.model import JobPolicy, JobResult, JobVendor
+from tasks.jobs.model import InputError, JobPolicy, JobResult, JobVendor
 
 
 class Request(Protocol):
@@ -102,3 +103,17 @@ class Tool:
     vendor: Callable[[str], Awaitable[JobVendor[Any]]]
     meta: str
     selections: tuple[str, ...] = ()
+
+
+def refuse_twice(what: str, resources: Iterable[tuple[Hashable, str]]) -> None:
+    """Refuse to run the same thing twice at the same time.
+
+    Args:
+        what: What it is, for people.
+        resources: The account and the id of each.
+
+    Raises:
+        InputError: One is there more than once.
+    """
+    if twice := sorted(id_ for (_, id_), count in Counter(resources).items() if count > 1):
+        raise InputError(f"{what} {', '.join(twice)} is listed more than once. Nothing was started.")
