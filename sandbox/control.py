@@ -14,16 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from sandbox.airbyte_jobs import Connection, ConnectionChange, StartRefused
+from sandbox import control_replies as replies
+from sandbox.airbyte_jobs import ConnectionChange, StartRefused
 from sandbox.census import CensusChange
-from sandbox.census import Sync as CensusSync
-from sandbox.dashboards import Dashboard, DashboardChange
-from sandbox.dbt_cloud import Job, JobChange, Run
+from sandbox.dashboards import DashboardChange
+from sandbox.dbt_cloud import JobChange
 from sandbox.faults import Fault
-from sandbox.fivetran import Connection as FivetranConnection
 from sandbox.fivetran import FivetranChange
-from sandbox.hightouch import Sync, SyncChange
-from sandbox.hightouch_sequences import Sequence
+from sandbox.hightouch import SyncChange
 from sandbox.requestlog import as_dict
 from sandbox.slack import ChannelError
 from sandbox.timeline import SequenceBehaviour
@@ -196,7 +194,9 @@ class Control:
     async def get_dbt_runs(self, request: Request) -> dict[str, Any]:
         """GET /dbt/runs: every dbt Cloud run with its steps, by job."""
         box = self.sandbox.dbt_cloud
-        return {job.name: [_dbt_run(run) for run in box.runs_of(job.job_id)] for job in box.jobs.values()}
+        return {
+            job.name: [replies.dbt_run(run) for run in box.runs_of(job.job_id)] for job in box.jobs.values()
+        }
 
     async def get_messages(self, request: Request) -> dict[str, Any]:
         """GET /slack/messages?channel=: what was posted, oldest first."""
@@ -316,7 +316,7 @@ class Control:
 
     async def get_connections(self, request: Request) -> dict[str, Any]:
         """GET /connections: each with its behaviour."""
-        return {"data": [_connection(c) for c in list(self.sandbox.airbyte.connections.values())]}
+        return {"data": [replies.connection(c) for c in list(self.sandbox.airbyte.connections.values())]}
 
     async def add_connections(self, request: Request) -> dict[str, Any]:
         """POST /connections: add connections that load no data."""
@@ -330,147 +330,70 @@ class Control:
         """PATCH /connections/{id or name}: how its next jobs behave."""
         change = await _parsed(request, ConnectionChange)
         fields = change.model_dump(exclude_unset=True)
-        return _connection(self.sandbox.airbyte.set(request.path_params["key"], **fields))
+        return replies.connection(self.sandbox.airbyte.set(request.path_params["key"], **fields))
 
     async def get_syncs(self, request: Request) -> dict[str, Any]:
         """GET /syncs: each with its behaviour."""
-        return {"data": [_sync(sync) for sync in self.sandbox.hightouch.syncs.values()]}
+        return {"data": [replies.sync(sync) for sync in self.sandbox.hightouch.syncs.values()]}
 
     async def patch_sync(self, request: Request) -> dict[str, Any]:
         """PATCH /syncs/{id or slug}: how its next runs behave."""
         change = await _parsed(request, SyncChange)
         fields = change.model_dump(exclude_unset=True)
-        return _sync(self.sandbox.hightouch.set(request.path_params["key"], **fields))
+        return replies.sync(self.sandbox.hightouch.set(request.path_params["key"], **fields))
 
     async def get_dashboards(self, request: Request) -> dict[str, Any]:
         """GET /dashboards: each with its behaviour and its refreshes."""
-        return {"data": [_dashboard(board) for board in self.sandbox.dashboards.dashboards.values()]}
+        return {"data": [replies.dashboard(board) for board in self.sandbox.dashboards.dashboards.values()]}
 
     async def patch_dashboard(self, request: Request) -> dict[str, Any]:
         """PATCH /dashboards/{id or name}: how its next refreshes behave."""
         change = await _parsed(request, DashboardChange)
         fields = change.model_dump(exclude_unset=True)
-        return _dashboard(self.sandbox.dashboards.set(request.path_params["key"], **fields))
+        return replies.dashboard(self.sandbox.dashboards.set(request.path_params["key"], **fields))
 
     async def get_sequences(self, request: Request) -> dict[str, Any]:
         """GET /sequences: Hightouch's, each with its behaviour and its runs."""
-        return {"data": [_sequence(sequence) for sequence in self.sandbox.hightouch.sequences.all.values()]}
+        return {
+            "data": [replies.sequence(sequence) for sequence in self.sandbox.hightouch.sequences.all.values()]
+        }
 
     async def patch_sequence(self, request: Request) -> dict[str, Any]:
         """PATCH /sequences/{id or name}: how its next runs behave."""
         change = await _parsed(request, SequenceBehaviour)
         fields = change.model_dump(exclude_unset=True)
-        return _sequence(self.sandbox.hightouch.sequences.set(request.path_params["key"], **fields))
+        return replies.sequence(self.sandbox.hightouch.sequences.set(request.path_params["key"], **fields))
 
     async def get_census(self, request: Request) -> dict[str, Any]:
         """GET /census/syncs: each with its behaviour and its runs."""
-        return {"data": [_census(sync) for sync in self.sandbox.census.syncs.values()]}
+        return {"data": [replies.census(sync) for sync in self.sandbox.census.syncs.values()]}
 
     async def patch_census(self, request: Request) -> dict[str, Any]:
         """PATCH /census/syncs/{id or label}: how its next runs behave, or whether it is paused."""
         change = await _parsed(request, CensusChange)
         fields = change.model_dump(exclude_unset=True)
-        return _census(self.sandbox.census.set(request.path_params["key"], **fields))
+        return replies.census(self.sandbox.census.set(request.path_params["key"], **fields))
 
     async def get_fivetran(self, request: Request) -> dict[str, Any]:
         """GET /fivetran/connections: each with its behaviour and its syncs, which Fivetran's API has not."""
         keys = list(self.sandbox.fivetran.connections)
-        return {"data": [_fivetran(self.sandbox.fivetran.connection(key)) for key in keys]}
+        return {"data": [replies.fivetran(self.sandbox.fivetran.connection(key)) for key in keys]}
 
     async def patch_fivetran(self, request: Request) -> dict[str, Any]:
         """PATCH /fivetran/connections/{id or schema}: how its next syncs behave, or what it is."""
         change = await _parsed(request, FivetranChange)
         fields = change.model_dump(exclude_unset=True)
-        return _fivetran(self.sandbox.fivetran.set(request.path_params["key"], **fields))
+        return replies.fivetran(self.sandbox.fivetran.set(request.path_params["key"], **fields))
 
     async def get_dbt_jobs(self, request: Request) -> dict[str, Any]:
         """GET /dbt/jobs: each with its behaviour."""
-        return {"data": [_dbt_job(job) for job in self.sandbox.dbt_cloud.jobs.values()]}
+        return {"data": [replies.dbt_job(job) for job in self.sandbox.dbt_cloud.jobs.values()]}
 
     async def patch_dbt_job(self, request: Request) -> dict[str, Any]:
         """PATCH /dbt/jobs/{id or name}: how its next runs behave."""
         change = await _parsed(request, JobChange)
         fields = change.model_dump(exclude_unset=True)
-        return _dbt_job(self.sandbox.dbt_cloud.set(request.path_params["key"], **fields))
-
-
-def _dbt_job(job: Job) -> dict[str, Any]:
-    return {
-        "id": job.job_id,
-        "name": job.name,
-        "deleted": job.deleted,
-        "steps": job.execute_steps,
-        **job.behaviour.model_dump(),
-    }
-
-
-def _dbt_run(run: Run) -> dict[str, Any]:
-    steps = [{"name": step.name, "status": step.status.name, "logs": step.logs} for step in run.steps]
-    return {"id": run.run_id, "status": run.status, "cause": run.cause, "steps": steps, **run.overrides}
-
-
-def _dashboard(board: Dashboard) -> dict[str, Any]:
-    return {
-        "id": board.spec.dashboard_id,
-        "name": board.spec.name,
-        "product": board.spec.product,
-        "refreshable": board.refreshable,
-        "refreshes": [{"id": r.refresh_id, "state": r.at()[0]} for r in list(board.refreshes)],
-        **board.behaviour.model_dump(),
-    }
-
-
-def _fivetran(connection: FivetranConnection) -> dict[str, Any]:
-    syncs = [
-        {
-            "id": sync.sync_id,
-            "started_by": sync.started_by,
-            "forced": sync.forced,
-            "historical": sync.historical,
-            "state": sync.word,
-            "rows": sync.timeline.work.rows if sync.timeline.work else None,
-        }
-        for sync in list(connection.syncs)
-    ]
-    return {**connection.reply(), **connection.behaviour.model_dump(), "syncs": syncs}
-
-
-def _connection(connection: Connection) -> dict[str, Any]:
-    return {
-        "connectionId": connection.connection_id,
-        "name": connection.name,
-        "status": connection.status,
-        **connection.behaviour.model_dump(),
-    }
-
-
-def _sync(sync: Sync) -> dict[str, Any]:
-    return {
-        "id": sync.spec.sync_id,
-        "slug": sync.spec.slug,
-        "disabled": sync.disabled,
-        **sync.behaviour.model_dump(),
-    }
-
-
-def _sequence(sequence: Sequence) -> dict[str, Any]:
-    return {
-        "id": sequence.spec.sequence_id,
-        "name": sequence.spec.name,
-        "syncs": sequence.spec.sync_ids,
-        **sequence.behaviour.model_dump(),
-        "runs": [run.reply() for run in list(sequence.runs)],
-    }
-
-
-def _census(sync: CensusSync) -> dict[str, Any]:
-    return {
-        "id": sync.spec.sync_id,
-        "label": sync.spec.label,
-        "paused": sync.paused,
-        **sync.behaviour.model_dump(),
-        "runs": [run.reply() for run in list(sync.runs)],
-    }
+        return replies.dbt_job(self.sandbox.dbt_cloud.set(request.path_params["key"], **fields))
 
 
 async def _parsed(request: Request, model: type[_Model]) -> _Model:
