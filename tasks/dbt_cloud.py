@@ -18,7 +18,8 @@ from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 
-from blocks.dbtcloud import CredentialsRef, DbtCloudApi, Job, Overrides, Run, api_of, load_credentials
+from blocks.dbtcloud import CredentialsRef, DbtCloudApi, api_of, load_credentials
+from blocks.dbtcloud_model import Job, Overrides, Run
 from blocks.http import NotFoundError
 from tasks.dbt.lineage import Lineage
 from tasks.dbt.model import DbtBuildFailed, DbtError, DbtPlan, DbtResult, DbtState

@@ -12,7 +12,8 @@ from pydantic import (
     model_validator,
 )
 
-from blocks.dbtcloud import CredentialsRef, Overrides
+from blocks.dbtcloud import CredentialsRef
+from blocks.dbtcloud_model import Overrides
 from blocks.reference import stored_block
 from tasks.intervals import DataInterval
 from tasks.jobs import JobPolicy, ToolParameters

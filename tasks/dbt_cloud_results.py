@@ -12,7 +12,8 @@ from typing import Any
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, Field, ValidationError
 
-from blocks.dbtcloud import DbtCloudApi, Run, RunStep
+from blocks.dbtcloud import DbtCloudApi
+from blocks.dbtcloud_model import Run, RunStep
 from tasks.dbt.child import rows_of
 from tasks.dbt.lineage import Lineage
 from tasks.dbt.model import DbtNode, DbtState, label_of, one_line

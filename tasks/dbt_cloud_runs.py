@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from blocks.dbtcloud import DbtCloudApi, Overrides, Run, account_of, api_of
+from blocks.dbtcloud import DbtCloudApi, account_of, api_of
+from blocks.dbtcloud_model import Overrides, Run
 from blocks.http import TRANSIENT, NotFoundError, VendorError, VendorUnavailable
 from blocks.reference import block_name
 from tasks.jobs import AccountVendor, AlreadyRunning, Intent, JobHandle, JobRequest, JobState, JobStatus

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from blocks.dbtcloud import Overrides, api_of
+from blocks.dbtcloud import api_of
+from blocks.dbtcloud_model import Overrides
 from sandbox import catalog
 from tasks.dbt_cloud_results import outcome_of
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest

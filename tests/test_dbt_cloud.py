@@ -16,7 +16,8 @@ import pytest
 from prefect_dbt.cloud import DbtCloudCredentials
 from pydantic import SecretStr, TypeAdapter, ValidationError
 
-from blocks.dbtcloud import Run, RunStep, api_of, base_url_of
+from blocks.dbtcloud import api_of, base_url_of
+from blocks.dbtcloud_model import Run, RunStep
 from blocks.http import AuthError, BadReply, NotFoundError, RateLimited, VendorError, VendorUnavailable
 from sandbox import Sandbox, catalog
 from tasks.dbt_cloud import DbtCloud, Overrides
