@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 from uuid import UUID
 
 import pytest
 from prefect import Flow
+from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentUpdate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
 from prefect.client.schemas.objects import State, TaskRun
+from prefect.exceptions import ObjectNotFound
 from prefect.flow_engine import run_flow
 from prefect.states import AwaitingRetry
 from prefect_slack import SlackCredentials, SlackWebhook
@@ -35,18 +39,32 @@ __all__ = [
 
 def save_blocks(box: Sandbox) -> None:
     """The blocks that the parameters name, pointing at this sandbox."""
-    AirbyteServer(
+    airbyte = AirbyteServer(
         base_url=box.airbyte_url, client_id=catalog.CLIENT_ID, client_secret=catalog.CLIENT_SECRET
-    ).save("airbyte", overwrite=True)
-    HightouchCredentials(api_key=catalog.HIGHTOUCH_API_KEY, base_url=box.hightouch_url).save(
-        "hightouch", overwrite=True
     )
-    CensusCredentials(api_key=catalog.CENSUS_API_KEY, base_url=box.census_url).save("census", overwrite=True)
+    _save(airbyte, "airbyte")
+    _save(HightouchCredentials(api_key=catalog.HIGHTOUCH_API_KEY, base_url=box.hightouch_url), "hightouch")
+    _save(CensusCredentials(api_key=catalog.CENSUS_API_KEY, base_url=box.census_url), "census")
     for channel in catalog.WEBHOOKS:
-        SlackWebhook(url=box.slack_url(channel)).save(channel, overwrite=True)
-    SlackCredentials(token=catalog.SLACK_TOKEN).save("slack", overwrite=True)
+        _save(SlackWebhook(url=box.slack_url(channel)), channel)
+    _save(SlackCredentials(token=catalog.SLACK_TOKEN), "slack")
     for service, key in catalog.PAGERDUTY_KEYS.items():
-        PagerDutyRouting(routing_key=key, base_url=box.pagerduty_url).save(service, overwrite=True)
+        _save(PagerDutyRouting(routing_key=key, base_url=box.pagerduty_url), service)
+
+
+_documents: dict[tuple[type[Block], str], UUID] = {}
+
+
+def _save(block: Block, name: str) -> None:
+    """Save a block. `Block.save` sends type and schema along each time: that is for the first time only."""
+    kind = type(block)
+    if (kind, name) in _documents:
+        document = block._to_block_document(name=name, include_secrets=True)
+        update = BlockDocumentUpdate(block_schema_id=document.block_schema_id, data=document.data)
+        with get_client(sync_client=True) as client, contextlib.suppress(ObjectNotFound):
+            client.update_block_document(_documents[kind, name], update)
+            return
+    _documents[kind, name] = block.save(name, overwrite=True)
 
 
 def sync_parameters(*names: str, **policy: Any) -> list[dict[str, Any]]:
