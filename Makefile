@@ -45,7 +45,7 @@ receiver: $(READY)
 
 # A worker per core, each with a Prefect server of its own, so no more than four. ARGS=-n0 for none.
 test: $(READY)
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
+	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

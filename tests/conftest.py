@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from deployments.server import LocalServer, ServerError, free_port  # imports no prefect
+from tests import warm_dbt as warm_dbt_process
 
 if TYPE_CHECKING:
     from blocks import AirbyteServer
@@ -57,6 +58,28 @@ def prefect_server() -> Iterator[str]:
         server.stop()
 
 
+@pytest.fixture(scope="session")
+def _imported_dbt() -> Iterator[str]:
+    yield from warm_dbt_process.running(Path(_HOME))
+
+
+@pytest.fixture(scope="module")
+def warm_dbt(_imported_dbt: str) -> Iterator[None]:
+    """Builds of this process do not import dbt anew each time: see `tests/warm_dbt.py`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ELT_TESTS_WARM_DBT", _imported_dbt)
+        patch.setattr("tasks.dbt.process._CHILD", Path(warm_dbt_process.__file__))
+        yield
+
+
+@pytest.fixture
+def cold_dbt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """dbt is started as it is anywhere else, for a test that is about its process."""
+    from tasks.dbt import child
+
+    monkeypatch.setattr("tasks.dbt.process._CHILD", Path(child.__file__))
+
+
 @pytest.fixture
 def sandbox(tmp_path: Path) -> Iterator[Sandbox]:
     """The vendors on a free port, with jobs of 0.3 s and a warehouse of their own."""
@@ -87,3 +110,33 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             f"ELT_SPECS names no folder, so {count} tests that hold our clients and the sandbox against the "
             "vendors' own files did not run."
         )
+
+
+# Longest first, so that none of them begins when the others are about to end: a file is one worker's.
+_LONGEST = (
+    "test_deployments",
+    "test_server_away",
+    "test_survival",
+    "test_flows",
+    "test_dbt_core",
+    "test_dbt_jobs",
+    "test_dbt_retry",
+    "test_gates",
+    "test_intervals",
+    "test_faults",
+    "test_alerts",
+    "test_runner",
+    "test_bench",
+    "test_check_dbt",
+    "test_dbt_nodes",
+    "test_activations",
+    "test_dbt_cloud_chain",
+    "test_census",
+    "test_runs",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files for `--dist loadfile --no-loadscope-reorder`, which hands them out as they come."""
+    rank = {name: place for place, name in enumerate(_LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))

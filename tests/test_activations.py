@@ -22,7 +22,7 @@ from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["box", "collected", "runs", "sources"]
 
-pytestmark = PREFECTS_SOCKETS
+pytestmark = [*PREFECTS_SOCKETS, pytest.mark.usefixtures("warm_dbt")]
 
 
 def node(name: str, *parents: str, **meta: Any) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from tests.dbt_project import Project, everything
 
 # Prefect 3.8.8 leaves sockets of its API client to the garbage collector; a process that leaks still fails.
 pytestmark = [
+    pytest.mark.usefixtures("warm_dbt"),
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
     pytest.mark.filterwarnings(
         "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
@@ -383,6 +384,7 @@ class TestProfiles:
         assert dict(os.environ) == before
 
 
+@pytest.mark.usefixtures("cold_dbt")
 class TestTheEnd:
     async def test_a_cancelled_build_stops_dbt_and_its_query(self, small: Project) -> None:
         """Once the cancellation is through, dbt is gone with its endless query, and the node is Cancelled."""

@@ -30,6 +30,7 @@ from tests.flows_fixtures import box, forget_incidents, save_blocks, sources, ta
 __all__ = ["box", "dbt_starts", "sources"]
 
 pytestmark = [
+    pytest.mark.usefixtures("warm_dbt"),
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
     pytest.mark.filterwarnings(
         "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"

@@ -18,6 +18,7 @@ from tests.dbt_project import Project
 from tests.test_dbt_core import Run, build, ended, task_runs
 
 pytestmark = [
+    pytest.mark.usefixtures("warm_dbt"),
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
     pytest.mark.filterwarnings(
         "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"

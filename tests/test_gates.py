@@ -28,6 +28,7 @@ from tests.test_flows import _chain
 __all__ = ["box", "collected", "runs", "sources"]
 
 pytestmark = [
+    pytest.mark.usefixtures("warm_dbt"),
     *PREFECTS_SOCKETS,
     # Prefect's, on every line that a task outside of a flow logs.
     pytest.mark.filterwarnings("ignore:.*without a flow run id:UserWarning"),

@@ -33,7 +33,7 @@ from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["collected"]
 
-pytestmark = PREFECTS_SOCKETS
+pytestmark = [*PREFECTS_SOCKETS, pytest.mark.usefixtures("warm_dbt")]
 
 NEW_YORK = ZoneInfo("America/New_York")
 MARCH = DataInterval(start="2026-03-01", end="2026-04-01")
