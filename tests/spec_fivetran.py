@@ -96,7 +96,7 @@ async def drive_fivetran(drive: Drive) -> None:
     weather, fleet, sheet = (spec.connection_id for spec in catalog.FIVETRAN_CONNECTIONS)
 
     async def run(connection_id: str, **fields: Any) -> None:
-        request = FivetranRequest(connection_id, "sync", connection_id, None, timeout=20, **fields)
+        request = FivetranRequest(connection_id, "sync", connection_id, None, timeout=60, **fields)
         await run_job(vendor, request, _QUICK, journal=MemoryJournal())
 
     async with vendor.session():

@@ -18,7 +18,7 @@ PREFECT_FILE = ROOT / "deployments" / "prefect.yaml"
 def check(project: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deployments.check_dbt", "--project", str(project)]
     return subprocess.run(  # noqa: S603
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=150
     )
 
 
