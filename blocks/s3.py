@@ -176,9 +176,22 @@ class BucketClient:
             "copy_object", about, client.copy, source, bucket, new_key, ExtraArgs=extra, Config=in_parts
         )
 
-    async def delete_one(self, key: str) -> None:
-        """Delete an object (`DeleteObject`); none is deleted as well."""
-        await self._call("delete_object", Bucket=self.name, Key=key)
+    async def delete_one(self, key: str, etag: str | None = None) -> None:
+        """Delete an object (`DeleteObject`); none is deleted as well.
+
+        Args:
+            key: Which.
+            etag: Only if it is as it was listed. Stores that know no conditional delete pay no heed to it.
+
+        Raises:
+            S3Error: It was written anew since, and the like.
+        """
+        unchanged = {} if etag is None else {"IfMatch": f'"{etag}"'}
+        try:
+            await self._call("delete_object", Bucket=self.name, Key=key, **unchanged)
+        except S3Missing:
+            # AWS says so of a conditional delete alone.
+            return
 
     async def delete(self, keys: Sequence[str]) -> dict[str, str]:
         """Delete objects, a thousand a request (`DeleteObjects`).

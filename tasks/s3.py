@@ -104,7 +104,7 @@ async def s3_list(
         BlockNotFound: The bucket is the name of a block that is not saved.
     """
     client = await _begin(bucket)
-    return await _list(client, client.full(prefix), pattern, since, limit)
+    return await list_objects(client, client.full(prefix), pattern, since, limit)
 
 
 @task(name="s3-wait-for", task_run_name="wait for s3 {prefix}", cache_policy=NO_CACHE)
@@ -173,7 +173,7 @@ class _Arrival:
     async def look(self) -> list[S3Object]:
         if self.keys:
             return await _those(self.client, self.keys, self.since)
-        return await _list(self.client, self.prefix, self.pattern, self.since, None)
+        return await list_objects(self.client, self.prefix, self.pattern, self.since, None)
 
     def complete(self, found: Sequence[S3Object]) -> bool:
         return len(found) >= (len(self.keys) or self.min_objects)
@@ -247,16 +247,46 @@ async def s3_move(
         S3Error: Some could not be moved; the message names them, and all the others were moved.
     """
     client = await _begin(source)
-    target = await _client(destination) if destination is not None else client
-    moves = _moves(objects, client, target, prefix, strip)
+    target = await open_bucket(destination) if destination is not None else client
+    moved = await move_objects(client, target, _moves(objects, client, target, prefix, strip))
+    get_run_logger().info("%s objects moved to s3://%s/%s", len(moved), target.name, target.full(prefix))
+    return moved
+
+
+async def move_objects(
+    client: BucketClient, target: BucketClient, moves: Sequence[tuple[S3Object, str]]
+) -> list[S3Object]:
+    """Move each object to a whole key of its own, some at a time.
+
+    Raises:
+        S3Error: As `s3_move`.
+    """
     slots = asyncio.Semaphore(_AT_ONCE)
     done = await asyncio.gather(
         *(_move(client, target, found, key, slots) for found, key in moves), return_exceptions=True
     )
-    moved = [outcome for outcome in done if isinstance(outcome, S3Object)]
     _raise_for([d for d in done if isinstance(d, BaseException)], len(done), "moved")
-    get_run_logger().info("%s objects moved to s3://%s/%s", len(moved), target.name, target.full(prefix))
-    return moved
+    return [outcome for outcome in done if isinstance(outcome, S3Object)]
+
+
+async def delete_unchanged(client: BucketClient, objects: Sequence[S3Object]) -> None:
+    """Delete objects one by one, each only if it is still what was listed. One that is gone is deleted.
+
+    Raises:
+        S3Error: Some were not; the message names them, and all the others were deleted.
+    """
+    slots = asyncio.Semaphore(_AT_ONCE)
+
+    async def delete(found: S3Object) -> None:
+        async with slots:
+            # Looked at as well, for stores that know no conditional delete.
+            there = await client.head(found.key)
+            if there is not None and there["ETag"].strip('"') != found.etag:
+                raise S3Error(f"{found.uri} was written anew since it was listed. It was not touched.")
+            await client.delete_one(found.key, found.etag)
+
+    done = await asyncio.gather(*(delete(found) for found in objects), return_exceptions=True)
+    _raise_for([d for d in done if d is not None], len(done), "deleted")
 
 
 @task(name="s3-delete", cache_policy=NO_CACHE)
@@ -287,16 +317,22 @@ async def s3_delete(objects: Sequence[S3Object], bucket: S3Bucket | str) -> int:
 async def _begin(bucket: S3Bucket | str) -> BucketClient:
     tag_run("s3")
     without_traceback(S3Error)
-    return await _client(bucket)
+    return await open_bucket(bucket)
 
 
-async def _client(bucket: S3Bucket | str) -> BucketClient:
+async def open_bucket(bucket: S3Bucket | str) -> BucketClient:
+    """The bucket of a block, or of a saved one by its name."""
     return BucketClient(await load_block(S3Bucket, bucket))
 
 
-async def _list(
-    client: BucketClient, prefix: str, pattern: str | None, since: datetime | None, limit: int | None
+async def list_objects(
+    client: BucketClient,
+    prefix: str,
+    pattern: str | None = None,
+    since: datetime | None = None,
+    limit: int | None = None,
 ) -> list[S3Object]:
+    """As `s3_list`, under a whole prefix."""
     found: list[S3Object] = []
     since = _aware(since)
     async for page in client.pages(prefix):
@@ -318,7 +354,7 @@ async def _those(client: BucketClient, keys: Sequence[str], since: datetime | No
         wanted = set(keys)
         # By character: it is a prefix for S3, not a folder.
         prefix = os.path.commonprefix(list(keys))  # noqa: RUF071
-        found = await _list(client, prefix, None, since, None)
+        found = await list_objects(client, prefix, None, since, None)
         return [there for there in found if there.key in wanted]
     since = _aware(since)
     looks = await asyncio.gather(*(client.first(key) for key in keys))
@@ -390,7 +426,7 @@ async def _move(
         original = await client.head(found.key)
         if original is not None and original["ETag"].strip('"') != found.etag:
             raise S3Error(f"{found.uri} was written anew while it was moved; the new original is kept.")
-        await client.delete_one(found.key)
+        await client.delete_one(found.key, found.etag)
         return _moved(target, key, there)
 
 
