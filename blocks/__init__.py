@@ -5,6 +5,7 @@ from blocks.census import CensusCredentials
 from blocks.fivetran import FivetranCredentials
 from blocks.hightouch import HightouchCredentials
 from blocks.http_job import HttpJob
+from blocks.kafka import KafkaCluster
 from blocks.pagerduty import PagerDutyRouting
 from blocks.receiver import (
     AirbyteWebhook,
@@ -29,6 +30,7 @@ __all__ = [
     "GitWebhook",
     "HightouchCredentials",
     "HttpJob",
+    "KafkaCluster",
     "PagerDutyRouting",
     "PagerDutyWebhook",
     "S3Webhook",
