@@ -4,6 +4,7 @@
 #   make ui                               the Prefect UI and the sandbox, until Ctrl-C
 #   make server [ARGS="--port 4300"]      a Prefect server on PostgreSQL, until Ctrl-C
 #   make receiver [ARGS="--port 4281"]    takes webhooks for the server of PREFECT_API_URL, until Ctrl-C
+#   make listen [ARGS="--only NAME"]       SQS queues, Kafka topics, PostgreSQL channels as events, until Ctrl-C
 #   make test [ARGS="-k journal"]         the tests, on all cores
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
 
-.PHONY: setup demo ui server receiver test lint types check check-dbt docs pipelines automations bench clean
+.PHONY: setup demo ui server receiver listen test lint types check check-dbt docs pipelines automations bench clean
 
 setup: $(READY)
 
@@ -42,6 +43,10 @@ server: $(READY)
 
 receiver: $(READY)
 	@$(BIN)/python -m deployments.receiver $(ARGS)
+
+# SQS queues, Kafka topics and PostgreSQL channels of deployments/listeners.yaml, until Ctrl-C.
+listen: $(READY)
+	@$(BIN)/python -m deployments.listen $(ARGS)
 
 # A worker per core, each with a Prefect server of its own, so no more than four. ARGS=-n0 for none.
 test: $(READY)

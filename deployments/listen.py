@@ -1,0 +1,179 @@
+"""Listen where events are not pushed to us: SQS queues, Kafka topics, PostgreSQL's channels.
+
+    python -m deployments.listen [--file FILE] [--only NAME ...] [--env ENV | --branch BRANCH] [--check]
+
+What is listened to stands in `listeners.yaml`; what events start, under `once_triggers` in the deployments'
+files. One process runs all listeners. Nothing is acknowledged to a source before the Prefect server has it,
+so the process may be killed at any moment. SIGTERM and Ctrl-C let what is in hand be finished. Several
+machines may run the same listeners: queues and consumer groups share the work among them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from deployments.entries import FILES
+from deployments.environments import DeployError, environment
+from tasks.events import EltEvent, HandedOver, OnceTrigger, TriggersWrong, hand_over, read_triggers
+from tasks.looking.kafka import KafkaSource, KafkaTopics
+from tasks.looking.listener import ListenError, Source, listen, log
+from tasks.looking.postgres import PostgresChannels, PostgresSource
+from tasks.looking.sqs import SqsQueue, SqsSource
+
+LISTENERS = Path(__file__).with_name("listeners.yaml")
+Listener = Annotated[SqsQueue | KafkaTopics | PostgresChannels, Field(discriminator="source")]
+
+
+class Listeners(BaseModel):
+    """All of listeners.yaml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
+
+    triggers: tuple[Path, ...] = Field(
+        default=FILES, min_length=1, description="Files of deployments with `once_triggers`."
+    )
+    listeners: list[Listener]
+
+    @model_validator(mode="after")
+    def _apart(self) -> Listeners:
+        names = [one.name for one in self.listeners]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two listeners are called {', '.join(twice)}")
+        return self
+
+
+def read_listeners(file: Path) -> Listeners:
+    """Read a file of listeners.
+
+    Raises:
+        ListenError: With the place and what is wrong there, a line for each.
+    """
+    try:
+        document = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise ListenError(f"{file} can't be read: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise ListenError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
+    try:
+        return Listeners.model_validate(document)
+    except ValidationError as error:
+        lines = [
+            f"{_place(one['loc'], document)}: {one['msg']}"
+            for one in error.errors(include_url=False, include_input=False, include_context=False)
+        ]
+        raise ListenError(f"{file}:\n  " + "\n  ".join(lines)) from None
+
+
+def _place(loc: tuple[int | str, ...], document: Any) -> str:
+    """Where it is, with a listener called by its name where it has one."""
+    words: list[str] = []
+    for step in loc:
+        try:
+            document = document[step]
+        except (KeyError, IndexError, TypeError):
+            document = None
+        named = isinstance(step, int) and isinstance(document, dict) and document.get("name")
+        words.append(str(named or step))
+    return ".".join(words) or "the file"
+
+
+def source_of(listener: SqsQueue | KafkaTopics | PostgresChannels) -> Source:
+    """What listens as these settings say."""
+    match listener:
+        case SqsQueue():
+            return SqsSource(listener)
+        case KafkaTopics():
+            return KafkaSource(listener)
+        case PostgresChannels():
+            return PostgresSource(listener)
+
+
+async def run(sources: Sequence[Source], triggers: Sequence[OnceTrigger]) -> None:
+    """Listen to all of these until SIGTERM or Ctrl-C.
+
+    Raises:
+        ListenError: One could not even be begun with; the others are stopped.
+    """
+    if not PREFECT_API_URL.value():
+        raise ListenError("PREFECT_API_URL is not set: there is no Prefect server to hand events to")
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+
+    async with get_client() as client:
+
+        async def hand(events: Sequence[EltEvent]) -> list[HandedOver]:
+            return await hand_over(events, triggers, client)
+
+        async def one(source: Source) -> None:
+            try:
+                await listen(source, hand, stop)
+            except ListenError as error:
+                stop.set()
+                raise ListenError(f"{source.label}: {error}") from None
+
+        outcomes = await asyncio.gather(*(one(source) for source in sources), return_exceptions=True)
+    for outcome in outcomes:
+        if isinstance(outcome, BaseException):
+            raise outcome
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code: 2 where something must be mended first."""
+    parser = argparse.ArgumentParser(prog="python -m deployments.listen", description=__doc__.split("\n")[0])
+    parser.add_argument("--file", type=Path, default=LISTENERS, help="which listeners (%(default)s)")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these alone, also if they are not enabled")
+    parser.add_argument("--env", help="start deployments of this environment")
+    parser.add_argument("--branch", help="start deployments of this branch")
+    parser.add_argument(
+        "--check", action="store_true", help="read the files, say what would be done, and end"
+    )
+    options = parser.parse_args(arguments)
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)-7s %(message)s", level=logging.WARNING, stream=sys.stdout
+    )
+    log.setLevel(logging.INFO)
+    try:
+        given = read_listeners(options.file)
+        chosen = _chosen(given, options)
+        here = environment(options.env, options.branch)
+        triggers = read_triggers(*given.triggers, prefix=here.prefix) if here.triggers else ()
+        for listener in chosen:
+            log.info("%s: %s", listener.source, listener.name)
+        log.info("%s once triggers of the environment %s", len(triggers), here.name)
+        if not options.check:
+            asyncio.run(run([source_of(listener) for listener in chosen], triggers))
+    except (DeployError, ListenError, TriggersWrong) as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    return 0
+
+
+def _chosen(given: Listeners, options: argparse.Namespace) -> list[Listener]:
+    if not options.only:
+        if chosen := [one for one in given.listeners if one.enabled]:
+            return chosen
+        raise ListenError(
+            f"no listener in {options.file} is enabled: set `enabled: true`, or name it with --only"
+        )
+    names = {one.name: one for one in given.listeners}
+    if unknown := [name for name in options.only if name not in names]:
+        raise ListenError(f"{options.file} has no listener {', '.join(unknown)}; it has: {', '.join(names)}")
+    return [names[name] for name in options.only]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
