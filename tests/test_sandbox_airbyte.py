@@ -279,10 +279,13 @@ def test_clear_takes_the_place_of_a_running_sync(box: Sandbox, airbyte: httpx.Cl
         ({}, ["running", "succeeded"]),
         ({"outcome": "fail"}, ["running", "failed"]),
         ({"outcome": "cancel"}, ["running", "cancelled"]),
-        ({"outcome": "incomplete_then_succeed"}, ["running", "incomplete", "running", "succeeded"]),
-        ({"queued_seconds": 0.3}, ["queued", "running", "succeeded"]),
         (
-            {"outcome": "unknown_word", "word": "hibernating", "word_seconds": 0.3},
+            {"outcome": "incomplete_then_succeed", "duration": 3},
+            ["running", "incomplete", "running", "succeeded"],
+        ),
+        ({"queued_seconds": 1}, ["queued", "running", "succeeded"]),
+        (
+            {"outcome": "unknown_word", "word": "hibernating", "word_seconds": 1, "duration": 2},
             ["running", "hibernating", "running", "succeeded"],
         ),
     ],
@@ -291,7 +294,7 @@ def test_jobs_run_their_course(
     box: Sandbox, airbyte: httpx.Client, behaviour: dict[str, Any], course: list[str]
 ) -> None:
     """A job passes through the states that its connection was told to show."""
-    box.airbyte.set("airlines", duration=0.6, **behaviour)
+    box.airbyte.set("airlines", **{"duration": 0.6, **behaviour})
     seen = statuses(airbyte, job_id(airbyte, "airlines"))
     assert [word for word in seen if word != "pending"] == course
 

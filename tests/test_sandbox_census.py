@@ -88,7 +88,7 @@ def test_the_flag_in_the_body_is_ignored(fleet: None, census: httpx.Client) -> N
 
 def test_run_walks_through_its_states(box: Sandbox, fleet: None, census: httpx.Client) -> None:
     """queued, working step by step, completed; counts are null until the data is unloaded."""
-    box.census.set(401, duration=1.0, queued_seconds=0.1)
+    box.census.set(401, duration=4, queued_seconds=1)
     run_id = trigger(census)
     first = run(census, run_id)
     assert (first["status"], first["completed_at"]) == ("queued", None)

@@ -49,7 +49,7 @@ def nodes(client: httpx.Client, run_id: int, step: int | None = None) -> dict[st
 
 def test_a_run_walks_through_its_states(box: Sandbox, cloud: httpx.Client) -> None:
     """Queued, starting, running, success; flags and times say the same."""
-    box.dbt_cloud.set(JOB, duration=1.0, queued_seconds=0.1)
+    box.dbt_cloud.set(JOB, duration=4, queued_seconds=1.3)
     run = trigger(cloud)
     assert (run["status"], run["is_complete"], "finished_at" in run) == (1, False, False)
     seen = []
@@ -62,7 +62,7 @@ def test_a_run_walks_through_its_states(box: Sandbox, cloud: httpx.Client) -> No
 
     last = until(look, lambda found: found["is_complete"])
     assert seen == [1, 2, 3, 10]
-    assert (last["is_success"], last["status_humanized"], last["duration"]) == (True, "Success", "00:00:01")
+    assert (last["is_success"], last["status_humanized"], last["duration"]) == (True, "Success", "00:00:05")
     assert last["created_at"] <= last["started_at"] < last["finished_at"]
 
 

@@ -62,11 +62,11 @@ def test_a_sync_really_loads(box: Sandbox, fivetran: httpx.Client) -> None:
 
 def test_states_are_late(box: Sandbox, fivetran: httpx.Client) -> None:
     """After the trigger the connection says `scheduled` for a while, as it does when all is over."""
-    box.fivetran.set(WEATHER, queued_seconds=0.2, duration=0.3)
+    box.fivetran.set(WEATHER, queued_seconds=1, duration=1)
     sync(fivetran)
     assert state(fivetran) == "scheduled"
     until(lambda: read(fivetran), lambda found: found["status"]["sync_state"] == "syncing")
-    box.fivetran.set(FLEET, visibility_delay=0.3, duration=0.6)
+    box.fivetran.set(FLEET, visibility_delay=300, duration=600)
     sync(fivetran, FLEET)
     assert box.fivetran.syncs_of(FLEET)[0].word == "syncing"
     assert state(fivetran, FLEET) == "scheduled"
@@ -110,7 +110,7 @@ def test_a_failure(box: Sandbox, fivetran: httpx.Client) -> None:
 @pytest.mark.parametrize("schedule", ["auto", "manual"])
 def test_rescheduled(box: Sandbox, fivetran: httpx.Client, schedule: str) -> None:
     """Without quota a sync is rescheduled: on a schedule Fivetran runs it again, else somebody must."""
-    box.fivetran.set(WEATHER, outcome="reschedule", times=1, rescheduled_seconds=0.5, duration=0.1)
+    box.fivetran.set(WEATHER, outcome="reschedule", times=1, rescheduled_seconds=2, duration=0.1)
     box.fivetran.set(WEATHER, schedule_type=schedule)
     sync(fivetran)
     found = until(lambda: read(fivetran), lambda found: found["status"]["sync_state"] == "rescheduled")
@@ -118,7 +118,8 @@ def test_rescheduled(box: Sandbox, fivetran: httpx.Client, schedule: str) -> Non
     assert again > datetime.now(UTC)
     sync(fivetran)  # before its time it changes nothing
     assert state(fivetran) == "rescheduled"
-    time.sleep(0.8)
+    while datetime.now(UTC) < again + timedelta(seconds=0.3):
+        time.sleep(0.05)
     if schedule == "manual":
         assert state(fivetran) == "rescheduled"
         sync(fivetran)

@@ -62,7 +62,7 @@ def test_run_reads_the_real_table(scorecard: None, hightouch: httpx.Client) -> N
 
 def test_run_walks_through_its_states(box: Sandbox, scorecard: None, hightouch: httpx.Client) -> None:
     """queued, querying, processing, reporting, success; times are null and rows absent while it is early."""
-    box.hightouch.set(101, duration=1.0, queued_seconds=0.1)
+    box.hightouch.set(101, duration=4, queued_seconds=1)
     run_id = trigger(hightouch)
     first = run(hightouch, run_id)
     assert (first["status"], first["startedAt"], first["finishedAt"]) == ("queued", None, None)
@@ -231,7 +231,7 @@ def test_trigger_while_running_queues_one_follow_up(
     box: Sandbox, scorecard: None, hightouch: httpx.Client
 ) -> None:
     """Triggers during a run give one follow-up run, which starts when the first has ended."""
-    box.hightouch.set(101, duration=0.6)
+    box.hightouch.set(101, duration=2)
     first, second, third = (trigger(hightouch) for _ in range(3))
     assert first != second == third
     assert run(hightouch, second)["status"] == "queued"
