@@ -166,19 +166,19 @@ async def test_401_for_ever_is_an_auth_error(sandbox: Sandbox, airbyte: AirbyteS
 
 
 async def test_short_lived_tokens(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
-    """Fifty pollers outlive a token of one second with no more than one token request per second."""
-    sandbox.airbyte.settings.token_seconds = 1.0
+    """Fifty pollers outlive a token of three seconds with one token request in three seconds."""
+    sandbox.airbyte.settings.token_seconds = 3.0
 
     async def poll(api: Any) -> None:
         for _ in range(8):
             await api.newest_jobs(FLIGHTS)
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(0.5)
 
     began = time.monotonic()
     async with airbyte.connect() as api:
         await asyncio.gather(*(poll(api) for _ in range(50)))
     seconds = time.monotonic() - began
-    assert 2 <= sandbox.airbyte.token_requests <= seconds / 0.95 + 1
+    assert 2 <= sandbox.airbyte.token_requests <= seconds / 2.85 + 1
 
 
 def _jwt(claims: dict[str, Any]) -> str:
