@@ -18,6 +18,7 @@ from deployments.receiver.dbt_cloud import DbtCloudSource
 from deployments.receiver.fivetran import FivetranSource
 from deployments.receiver.git import GitSource
 from deployments.receiver.pagerduty import PagerDutySource
+from deployments.receiver.s3 import S3Source
 from deployments.receiver.signed import SignedWebhookSource
 from deployments.receiver.slack import SlackSource
 from deployments.receiver.source import Source
@@ -32,6 +33,7 @@ KINDS: dict[str, type[Source[Any]]] = {
         CensusSource,
         PagerDutySource,
         SlackSource,
+        S3Source,
         GitSource,
         SignedWebhookSource,
     )
