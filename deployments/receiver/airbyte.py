@@ -129,7 +129,7 @@ class AirbyteSource(Source[AirbyteWebhook]):
         else:
             raise NotEnded(f"job {data.job_id} has not ended by Airbyte's own word")
         flow_run = await started_by_us(
-            self.client, self._vendor.name, handle.resource_id, began=handle.started_at, job_id=handle.job_id
+            self.client, self._vendor.name, handle.resource_id, handle.job_id, began=handle.started_at
         )
         payload: dict[str, Any] = {
             "job_id": handle.job_id,

@@ -26,12 +26,12 @@ from prefect.client.orchestration import PrefectClient
 from pydantic import ValidationError
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from blocks.errors import VendorError
 from blocks.signatures import BadSignature
-from deployments.receiver.source import AWAY, Desk, Hook, Refused, Source, TryAgain, told
+from deployments.receiver.source import AWAY, Desk, Hook, Refused, Reply, Source, TryAgain, told
 from tasks.events import EltEvent, HandedOver, HandOverError, OnceTrigger, hand_over
 
 _log = logging.getLogger("elt.receiver")
@@ -175,12 +175,12 @@ class Receiver:
         with suppress(TimeoutError):
             async with asyncio.timeout(self.limits.answering):
                 if self._client and await self._client.api_healthcheck() is None:
-                    return JSONResponse({"ready": True})
-        return JSONResponse({"ready": False, "reason": "the Prefect server can't be reached"}, 503)
+                    return Reply({"ready": True})
+        return Reply({"ready": False, "reason": "the Prefect server can't be reached"}, 503)
 
 
 async def _health(_request: Request) -> Response:
-    return JSONResponse({"healthy": True})
+    return Reply({"healthy": True})
 
 
 def build_app(
@@ -205,7 +205,7 @@ def build_app(
 
 
 def _refused(status: int, reason: str, headers: dict[str, str] | None = None) -> Response:
-    return JSONResponse({"error": reason}, status, headers)
+    return Reply({"error": reason}, status, headers)
 
 
 def _outcome(handed: HandedOver) -> str:

@@ -24,11 +24,11 @@ from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.utilities.urls import url_for
 from pydantic import BaseModel, Field, ValidationError
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from blocks.receiver import SlackCommand
 from blocks.signatures import check_signature
-from deployments.receiver.source import Desk, Hook, Reading, Refused, Source, read_as
+from deployments.receiver.source import Desk, Hook, Reading, Refused, Reply, Source, read_as
 from tasks.events import EltEvent, HandedOver, HandOverError, OnceTrigger
 
 _log = logging.getLogger("elt.receiver")
@@ -269,4 +269,4 @@ def _message(text: str) -> dict[str, str]:
 
 
 def _say(text: str) -> Response:
-    return JSONResponse(_message(text))
+    return Reply(_message(text))

@@ -43,6 +43,14 @@ AWAY = (HandOverError, TryAgain, VendorError, httpx.HTTPError)
 """What passes: the Prefect server (httpx's errors are its client's) or a vendor's API can't be reached."""
 
 
+class Reply(JSONResponse):
+    """JSON in ASCII: what a stranger sent may stand in it, and need not be text that can be encoded."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json.dumps(content).encode()
+
+
 @dataclass(frozen=True)
 class Hook:
     """A request of a sender.
@@ -178,9 +186,9 @@ class Source(ABC, Generic[BlockT]):
         """
         reading = await self.read(hook)
         if not reading.events:
-            return JSONResponse({"ignored": reading.ignored})
+            return Reply({"ignored": reading.ignored})
         handed = await desk.hand_over(reading.events, reading.triggers)
-        return JSONResponse(
+        return Reply(
             {
                 "events": [
                     {"id": str(one.event_id), "runs": [str(run.flow_run_id) for run in one.runs]}

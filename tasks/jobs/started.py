@@ -22,13 +22,7 @@ _CLOCKS = timedelta(minutes=5)  # by which the vendor's clock and the Prefect se
 
 
 async def started_by_us(
-    client: PrefectClient,
-    vendor: str,
-    resource_id: str,
-    *,
-    began: datetime,
-    job_id: str | None = None,
-    ended: datetime | None = None,
+    client: PrefectClient, vendor: str, resource_id: str, job_id: str, *, began: datetime
 ) -> UUID | None:
     """The flow run that started this job, or took it over; None if none of ours did.
 
@@ -36,12 +30,11 @@ async def started_by_us(
         client: Of the Prefect server.
         vendor: As in the journal: `airbyte`, `fivetran` and so on.
         resource_id: The connection, sync or job definition.
+        job_id: The vendor's id of the job.
         began: When the job began, or a time before that: older journals are not read.
-        job_id: The vendor's id of the job; None for Fivetran, whose API has none.
-        ended: Without an id, when the job ended: it is ours if a job of ours was open at that time.
     """
     journals = ArtifactFilter(key=ArtifactFilterKey(any_=[ARTIFACT_KEY]))
-    read = 0
+    wanted, read = (vendor, resource_id, job_id), 0
     while True:
         page = await client.read_artifacts(
             artifact_filter=journals, sort=ArtifactSort.UPDATED_DESC, limit=_PAGE, offset=read
@@ -50,21 +43,12 @@ async def started_by_us(
             if artifact.updated and artifact.updated < began - _CLOCKS:
                 return None  # it was written for the last time before the job began
             for entry in _entries(artifact):
-                if (entry.vendor, entry.resource_id) == (vendor, resource_id) and _is(entry, job_id, ended):
+                handle = entry.handle
+                if handle and (handle.vendor, handle.resource_id, handle.job_id) == wanted:
                     return artifact.flow_run_id
         read += len(page)
         if len(page) < _PAGE:
             return None
-
-
-def _is(entry: Entry, job_id: str | None, ended: datetime | None) -> bool:
-    if entry.handle is None:
-        return False
-    if job_id is not None:
-        return entry.handle.job_id == job_id
-    if ended is None or entry.handle.started_at > ended + _CLOCKS:
-        return False
-    return entry.open or entry.updated >= ended - _CLOCKS
 
 
 def _entries(artifact: Artifact) -> list[Entry]:
