@@ -2,8 +2,8 @@
 
 Importing dbt is most of what a small build costs, and a chain starts dbt twice. Here one process has imported
 it, and forks for every start: the same `tasks/dbt/child.py`, with the pipes, the folder, the environment and
-the signals that it would have had. `python -P warm_dbt.py` is that process; without a terminal of its own it
-ends when the tests do. With the address of it in `ELT_TESTS_WARM_DBT` the same file stands for `child.py`.
+the signals that it would have had. `python -P warm_dbt.py <address>` is that process, until its stdin is
+closed. Without an argument, and with the address in `ELT_TESTS_WARM_DBT`, the file stands for `child.py`.
 """
 
 from __future__ import annotations
