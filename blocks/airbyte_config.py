@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
@@ -154,6 +154,17 @@ class ConfigApi(AirbyteApi):
         body = {"connectionId": connection_id}
         return _job(await self._start(f"/connections/{operation}", operation, body))
 
+    async def clear_streams(
+        self, connection_id: str, operation: Literal["clear", "reset"], streams: Sequence[Stream]
+    ) -> Job:
+        """`POST /connections/clear/stream` or `/reset/stream`: delete what was loaded of these.
+
+        Raises:
+            ConflictError, VendorError: As `create_job`.
+        """
+        body = {"connectionId": connection_id, "streams": _named(streams)}
+        return _job(await self._start(f"/connections/{operation}/stream", operation, body))
+
     async def refresh(self, connection_id: str, mode: RefreshMode, streams: Sequence[Stream] = ()) -> Job:
         """`POST /connections/refresh`: load streams anew; none given: all of them.
 
@@ -162,10 +173,7 @@ class ConfigApi(AirbyteApi):
         """
         body: dict[str, Any] = {"connectionId": connection_id, "refreshMode": mode}
         if streams:
-            body["streams"] = [
-                {"streamName": s.name, **({"streamNamespace": s.namespace} if s.namespace else {})}
-                for s in streams
-            ]
+            body["streams"] = _named(streams)
         return _job(await self._start("/connections/refresh", "refresh", body))
 
     async def _start(self, path: str, operation: str, body: dict[str, Any]) -> _JobInfo:
@@ -224,6 +232,12 @@ class ConfigApi(AirbyteApi):
     async def cancel_job(self, job_id: str) -> None:
         """`POST /jobs/cancel`."""
         await self.send("POST", "/jobs/cancel", _ANYTHING, body={"id": _number(job_id)})
+
+
+def _named(streams: Sequence[Stream]) -> list[dict[str, str]]:
+    return [
+        {"streamName": s.name, **({"streamNamespace": s.namespace} if s.namespace else {})} for s in streams
+    ]
 
 
 def _number(job_id: str) -> int:

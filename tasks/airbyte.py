@@ -15,10 +15,10 @@ from prefect.cache_policies import NO_CACHE
 from prefect.runtime import task_run
 
 from blocks.airbyte import AirbyteServer
-from blocks.airbyte_model import Connection, RefreshMode, Stream
+from blocks.airbyte_model import RefreshMode, Stream
 from blocks.http import NotFoundError
 from blocks.reference import load_block
-from tasks.airbyte_check import airbyte_check, named
+from tasks.airbyte_check import airbyte_check, named, streams_of
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.airbyte_model import AirbyteConnections, AirbyteSync, ServerRef
 from tasks.jobs import (
@@ -79,10 +79,10 @@ async def _run(
         sync = named(sync, connection)
         if operation == "sync" and sync.before:
             # A job of its own in the journal: whatever happens in between, a retry does not do it again.
-            cleared = await _job(vendor, sync, sync.before)
+            cleared = await _job(vendor, sync, sync.before, streams=streams_of(connection, sync.streams))
             if cleared.state is JobState.SKIPPED:
                 return cleared
-        return await _job(vendor, sync, operation, mode=mode, streams=_streams(connection, streams))
+        return await _job(vendor, sync, operation, mode=mode, streams=streams_of(connection, streams))
 
 
 async def _job(
@@ -102,23 +102,14 @@ async def _job(
     return await run_job(vendor, request, policy)
 
 
-def _streams(connection: Connection, names: Sequence[str]) -> tuple[Stream, ...]:
-    known = {stream.name for stream in connection.streams}
-    if unknown := [name for name in names if name not in known]:
-        raise InputError(
-            f"Airbyte connection {connection.name!r} has no stream {', '.join(unknown)}. "
-            f"It has: {', '.join(sorted(known))}. Nothing was started."
-        )
-    return tuple(stream for stream in connection.streams if stream.name in names)
-
-
 @task(name="airbyte-sync", task_run_name=_run_name("sync"), cache_policy=NO_CACHE)
 async def airbyte_sync(sync: AirbyteSync) -> JobResult:
     """Sync one connection and wait for its end.
 
     Safe to retry: a retry attaches to the job that an earlier attempt started, and one that succeeded is not
-    started again. With `before`, what was loaded is deleted first, by a job of its own that must succeed; it
-    has its own `policy.timeout`. Each of the two is done once, however often the run is retried.
+    started again. With `before`, what was loaded (of `streams`, if any are named) is deleted first, by a job
+    of its own that must succeed; it has its own `policy.timeout`. Each of the two is done once, however often
+    the run is retried.
 
     Follows `POST /jobs` and `GET /jobs` of the public API, or `POST /v1/connections/sync` and
     `/v1/jobs/get_without_logs` of the Config API.

@@ -12,7 +12,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.logging import get_run_logger
 
 from blocks.airbyte import AirbyteServer
-from blocks.airbyte_model import Connection
+from blocks.airbyte_model import Connection, Stream
 from blocks.http import NotFoundError
 from blocks.reference import load_block
 from tasks.airbyte_jobs import AirbyteVendor, refuse_unless_active
@@ -131,6 +131,7 @@ def _checked(sync: AirbyteSync, connection: Connection) -> Checked[AirbyteSync]:
     problem = None
     try:
         refuse_unless_active(connection)
+        streams_of(connection, sync.streams)
     except InputError as error:
         problem = str(error)
     return Checked(
@@ -140,6 +141,21 @@ def _checked(sync: AirbyteSync, connection: Connection) -> Checked[AirbyteSync]:
         streams=tuple(stream.name for stream in connection.streams),
         problem=problem,
     )
+
+
+def streams_of(connection: Connection, names: Sequence[str]) -> tuple[Stream, ...]:
+    """The streams of these names.
+
+    Raises:
+        InputError: The connection does not have one of them. Nothing was started.
+    """
+    known = {stream.name for stream in connection.streams}
+    if unknown := [name for name in names if name not in known]:
+        raise InputError(
+            f"Airbyte connection {connection.name!r} has no stream {', '.join(unknown)}. "
+            f"It has: {', '.join(sorted(known))}. Nothing was started."
+        )
+    return tuple(stream for stream in connection.streams if stream.name in names)
 
 
 def named(sync: AirbyteSync, connection: Connection) -> AirbyteSync:

@@ -44,8 +44,8 @@ _AT_ONCE = 10
 class AirbyteRequest(PlainRequest):
     """A job of a connection, as the engine takes it."""
 
-    mode: RefreshMode = "Merge"  # of a refresh, as the streams
-    streams: tuple[Stream, ...] = ()
+    mode: RefreshMode = "Merge"  # of a refresh
+    streams: tuple[Stream, ...] = ()  # of a refresh, clear or reset; none: all
 
 
 class AirbyteVendor(AccountVendor[AirbyteClient]):
@@ -196,15 +196,21 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
 
 
 async def _create(client: AirbyteClient, api: AirbyteApi, request: AirbyteRequest) -> Job:
-    if request.operation != "refresh":
-        return await api.create_job(request.resource_id, cast("Operation", request.operation))
-    if client.config is None:
+    operation = cast("Operation", request.operation)
+    if operation != "refresh" and not request.streams:
+        return await api.create_job(request.resource_id, operation)
+    # Also where the public API is used otherwise: it has neither a refresh nor streams.
+    config = client.config
+    if config is None:
+        what = "a refresh" if operation == "refresh" else f"a {operation} of single streams"
+        whole = "" if operation == "refresh" else " whole"
         raise InputError(
-            "Airbyte Cloud has no API for a refresh; nothing was started. Clear the connection and sync it "
-            "instead (`before: clear`), or refresh it in Airbyte's own interface."
+            f"Airbyte Cloud has no API for {what}; nothing was started. Clear the connection{whole} and sync "
+            "it instead (`before: clear`), or do it in Airbyte's own interface."
         )
-    # Also where the public API is used otherwise: it has none.
-    return await client.config.refresh(request.resource_id, request.mode, request.streams)
+    if operation == "clear" or operation == "reset":
+        return await config.clear_streams(request.resource_id, operation, request.streams)
+    return await config.refresh(request.resource_id, request.mode, request.streams)
 
 
 def _status(job: Job) -> JobStatus:

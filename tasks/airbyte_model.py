@@ -56,12 +56,25 @@ class AirbyteSync(_OnServer):
         description="Who is told of a failure; by default the tag `owner:<name>`.",
     )
     before: Before = None
+    streams: list[str] = Field(
+        default=[],
+        title="Streams",
+        description="With `before`: delete these only. Not in Airbyte Cloud, which has no API for it.",
+    )
     policy: JobPolicy = Field(default_factory=JobPolicy, title="Policy")
 
     @field_validator("connection_id")
     @classmethod
     def _is_uuid(cls, value: str) -> str:
         return _uuid(value, "connection")
+
+    @model_validator(mode="after")
+    def _streams_of_what(self) -> AirbyteSync:
+        if self.streams and not self.before:
+            raise ValueError(
+                "streams say what is deleted before a sync, which loads all of them: set `before`"
+            )
+        return self
 
     @property
     def resource_id(self) -> str:

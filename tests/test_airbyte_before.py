@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from prefect import flow
+from pydantic import ValidationError
 
 from blocks import AirbyteServer
 from blocks.http import NotFoundError
@@ -50,6 +51,28 @@ async def test_cleared_and_then_synced(desk: Desk, sandbox: Sandbox, before: str
     assert types(desk) == [before, "sync"]
     assert second.timeline.started >= first.timeline.at()[1]
     assert (result.job_id, result.rows) == (str(second.job_id), 1000)
+
+
+@pytest.mark.parametrize("before", ["clear", "reset"])
+async def test_only_some_streams_are_cleared(desk: Desk, before: str) -> None:
+    """Over the Config API, whichever is used otherwise; then all of the connection is synced."""
+    desk.behave(duration=0.2)
+    await airbyte_sync(sync_of(desk, before=before, streams=["synthetic-0006"]))
+    assert types(desk) == [before, "sync"]
+    (sent,) = desk.sandbox.requests.find(path=f"/connections/{before}/stream$")
+    assert sent.body["streams"] == [{"streamName": "synthetic-0006"}]
+
+
+async def test_streams_that_can_not_be_cleared(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is not there, or in Airbyte Cloud, is refused before anything is started."""
+    with pytest.raises(InputError, match=r"has no stream orders\. It has: synthetic-0006"):
+        await airbyte_sync(sync_of(desk, before="clear", streams=["orders"]))
+    with pytest.raises(ValidationError, match="set `before`"):
+        sync_of(desk, streams=["synthetic-0006"])
+    monkeypatch.setattr("blocks.airbyte_client.AirbyteClient.config", None)
+    with pytest.raises(InputError, match="no API for a clear of single streams"):
+        await airbyte_sync(sync_of(desk, before="clear", streams=["synthetic-0006"]))
+    assert desk.jobs == []
 
 
 _URLS = {"public": "airbyte_url", "config": "airbyte_config_url"}
