@@ -10,17 +10,27 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import dbt_build, fan_out, watching
+from bench import backfill, dbt_build, fan_out, watching
 from bench.fan_out import Case
 from bench.measured import run_measured
 from bench.stage import BenchError, Stage
-from bench.table import Section, as_markdown, as_text, dbt_section, fan_out_section, machine, watching_section
+from bench.table import (
+    Section,
+    as_markdown,
+    as_text,
+    backfill_section,
+    dbt_section,
+    fan_out_section,
+    machine,
+    watching_section,
+)
 
 CASES = (
     Case(10, 10, 10.0, wall=11.5),
     Case(500, 500, 10.0, wall=14.0, requests=700, rss=250.0),
 )
 _MODELS = 100
+_ONLY = "leave the others out; backfill is measured only if it is asked for"
 _PAIRS = 3
 
 
@@ -62,6 +72,9 @@ def _measure(stage: Stage, args: argparse.Namespace) -> list[Section]:
         # The first flow of a server pays for what the server does only once, so it is not the one to count.
         empty = min(run_measured(stage, "bench.empty_flow", {}, "empty", 60).wall for _ in range(3))
         sections.append(Section(f"A flow that does nothing: {empty:.1f} s", [], []))
+    if args.only == "backfill":
+        _tell("a backfill of 12 months, 1 and 4 at a time")
+        return [*sections, backfill_section(backfill.measure(stage, (1, 4)))]
     if args.only != "dbt":
         sections += [_fan_out(stage, case, with_plain=not args.no_plain) for case in _cases(args)]
     if args.only == "fan-out":
@@ -118,7 +131,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-n", type=int, default=env.get("N"), help="connections (default: 10, then 500)")
     parser.add_argument("-k", type=int, default=env.get("K"), help="how many at a time (default: all)")
     parser.add_argument("-d", type=float, default=env.get("D"), help="seconds per job (default: 10)")
-    parser.add_argument("--only", choices=("fan-out", "dbt", "watching"), help="leave the others out")
+    parser.add_argument("--only", choices=("fan-out", "dbt", "watching", "backfill"), help=_ONLY)
     parser.add_argument("--no-plain", action="store_true", help="fan-out without the plain way beside it")
     parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, no more")
     parser.add_argument("--save", action="store_true", help="also write bench/results.md")

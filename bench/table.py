@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil  # type: ignore[import-untyped]
 
+from bench.backfill import BackfillCost
 from bench.dbt_build import DbtCost
 from bench.fan_out import FanOut
 from bench.watching import Watched
@@ -91,6 +92,15 @@ def dbt_section(cost: DbtCost, *, limit: float | None = DBT_RATIO) -> Section:
     pairs = ", ".join(f"{a:.1f}/{b:.1f}" for a, b in zip(cost.ours, cost.plain, strict=True))
     notes = [f"pairs of ours/plain in s, one after the other: {pairs}"]
     return Section(f"dbt build of {cost.project}, each of {cost.nodes} nodes a task run", rows, notes)
+
+
+def backfill_section(costs: Sequence[BackfillCost]) -> Section:
+    """What a backfill of a year took, so many intervals at a time."""
+    first = costs[0]
+    rows = [Row(f"{each.at_once} at a time", each.measured.wall, " s", None) for each in costs]
+    cpu = ", ".join(f"{each.at_once}: {each.measured.cpu:.0f} s" for each in costs)
+    notes = [f"CPU of the flow's process alone, without dbt's: {cpu}"]
+    return Section(f"Backfill of {first.intervals} months on PostgreSQL, {first.rows:,} rows", rows, notes)
 
 
 def watching_section(watched: Sequence[Watched]) -> Section:

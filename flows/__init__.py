@@ -1,5 +1,6 @@
 """Flows: thin compositions of the tasks."""
 
+from flows.backfill import BackfillFailed, BackfillReport, backfill
 from flows.elt import elt_chain
 from flows.fan_out import RunFailed
 from flows.report import EltReport, Step, StepState, SyncReport
@@ -7,11 +8,14 @@ from flows.syncs import sync_connections
 from flows.transform import build_project, full_refresh, smoke_test, source_freshness
 
 __all__ = [
+    "BackfillFailed",
+    "BackfillReport",
     "EltReport",
     "RunFailed",
     "Step",
     "StepState",
     "SyncReport",
+    "backfill",
     "build_project",
     "elt_chain",
     "full_refresh",

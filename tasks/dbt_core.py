@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -84,7 +85,12 @@ def _run_name() -> str:
     cache_policy=INPUTS + RUN_ID,
     retry_condition_fn=_may_help,
 )
-async def dbt_build(dbt: DbtCore, exclude: Sequence[str] = (), retry_of: UUID | None = None) -> DbtResult:
+async def dbt_build(
+    dbt: DbtCore,
+    exclude: Sequence[str] = (),
+    retry_of: UUID | None = None,
+    parsed: Path | None = None,
+) -> DbtResult:
     """Runs dbt and shows every node as a task run of its own, with dbt's and the database's own words.
 
     A retry of the same flow run with the same arguments does not run dbt again once it has succeeded. If it
@@ -103,6 +109,8 @@ async def dbt_build(dbt: DbtCore, exclude: Sequence[str] = (), retry_of: UUID | 
         Unlike
             dbt's own --exclude it holds beside a selector too.
         retry_of: A flow run whose last dbt build, the same as this, is to be taken up where it failed.
+        parsed: A `partial_parse.msgpack` of this project to be taken as it is, if it is there. dbt itself
+            parses everything anew as soon as a variable has another value.
 
     Returns:
         Every node with state, message, rows and seconds. State `skipped` if `exclude` left nothing to do.
@@ -124,7 +132,7 @@ async def dbt_build(dbt: DbtCore, exclude: Sequence[str] = (), retry_of: UUID | 
         earlier = await earlier_attempt(record)
         if earlier is None and retry_of is not None:
             earlier = await _last_build(retry_of)
-        result = await Build(dbt, excluded, record, earlier).run()
+        result = await Build(dbt, excluded, record, earlier, parsed).run()
     if not result.nodes and not excluded:
         raise DbtInputError(nothing_selected(dbt))
     if result.failed:

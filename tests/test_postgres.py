@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from prefect import flow
 
+from flows import backfill
 from tasks.dbt_core import DbtCore, DbtResult, DbtState, check_dbt, dbt_build
+from tasks.intervals import DataInterval
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 from tests.postgres_fixtures import Postgres, postgres
 from tests.sandbox_fixtures import sources
@@ -49,6 +51,37 @@ def test_the_project_builds(loaded: Postgres, tmp_path: Path) -> None:
     result = asyncio.run(build(again))  # type: ignore[arg-type]
     assert not result.failed
     assert loaded.execute("SELECT count(*) FROM marts.fct_flights") == [(336_776,)]
+
+
+def fingerprint(postgres: Postgres) -> tuple[Any, ...]:
+    """Every value of the increments' table."""
+    (found,) = postgres.execute(
+        "SELECT count(*), md5(string_agg(f::text, ',' ORDER BY flight_id)) FROM marts.fct_flights AS f"
+    )
+    return found
+
+
+def test_an_interval_twice_and_a_backfill_give_the_table_of_a_whole_build(loaded: Postgres) -> None:
+    """Whatever state the table is in, and if it is not there at all."""
+    whole = fingerprint(loaded)
+    assert whole[0] == 336_776
+    dbt = DbtCore(project_dir=SANDBOX_DBT, target="postgres", env=loaded.env, select=["fct_flights"])
+    february = "flight_date BETWEEN '2013-02-01' AND '2013-02-28'"
+    loaded.execute(f"UPDATE marts.fct_flights SET outcome = 'stale' WHERE {february}")  # noqa: S608
+    loaded.execute("DELETE FROM marts.fct_flights WHERE flight_date = '2013-02-14'")
+    assert fingerprint(loaded) != whole
+    # From six to six, as of a daily schedule in New York.
+    ends = {"start": "2013-02-01T06:00:00-05:00", "end": "2013-03-01T06:00:00-05:00"}
+    for _ in range(2):
+        increment = dbt.model_copy(update={"data_interval": DataInterval.model_validate(ends)})
+        result: Any = asyncio.run(build(increment))  # type: ignore[arg-type]
+        assert not result.failed
+        assert fingerprint(loaded) == whole
+
+    loaded.execute("DROP TABLE marts.fct_flights CASCADE")
+    report = backfill(dbt=dbt, start="2013-01-01", end="2014-01-01", every="month", count=4, at_once=2)
+    assert [record.state for record in report.intervals] == ["done"] * 3
+    assert fingerprint(loaded) == whole
 
 
 async def test_the_check_names_the_warehouse(loaded: Postgres) -> None:

@@ -195,6 +195,20 @@ def test_an_interval_limits_the_increment(built: Built, tmp_path: Path) -> None:
     assert project.query("select count(*) from marts.fct_flights where outcome = 'stale'") == [(0,)]
 
 
+def test_an_interval_by_the_clock_takes_the_days_that_it_touches(built: Built, tmp_path: Path) -> None:
+    """From six to six it takes both days whole, and twice it gives the same table."""
+    project = built.project.copy(tmp_path)
+    before = project.fingerprint()
+    project.query("delete from marts.fct_flights where flight_date in ('2013-02-08', '2013-02-09')")
+    ends = (
+        "{data_interval_start: '2013-02-08T06:00:00-05:00', data_interval_end: '2013-02-09T06:00:00-05:00'}"
+    )
+    for _ in range(2):
+        limited = project.dbt("run", "--select", "fct_flights", "--vars", ends)
+        assert limited.returncode == 0, limited.stdout
+        assert project.fingerprint() == before
+
+
 def test_a_lowered_threshold_fails_exactly_one_test(built: Built, tmp_path: Path) -> None:
     """The documented variable makes one test fail; what is below it is skipped, the rest is built."""
     project = built.project.copy(tmp_path)

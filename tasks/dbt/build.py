@@ -26,12 +26,19 @@ class Build(Invocation):
         exclude: What else to leave out.
         record: Under which the build is remembered.
         earlier: What an earlier attempt has done; None to begin at the beginning.
+        parsed: What dbt has parsed already, for which it need not be parsed again.
     """
 
     def __init__(
-        self, dbt: DbtCore, exclude: list[str], record: BuildRecord, earlier: BuildRecord | None = None
+        self,
+        dbt: DbtCore,
+        exclude: list[str],
+        record: BuildRecord,
+        earlier: BuildRecord | None = None,
+        parsed: Path | None = None,
     ) -> None:
         super().__init__(dbt, exclude)
+        self._parsed = parsed
         self._earlier = earlier
         self._done: dict[str, DbtNode] = {}
         if earlier is not None:
@@ -65,6 +72,7 @@ class Build(Invocation):
     def request(self, profiles_dir: Path) -> dict[str, Any]:
         """What the child is asked to do, with what is left of an earlier attempt."""
         request = super().request(profiles_dir)
+        request["parsed"] = str(self._parsed) if self._parsed else None
         if self._earlier is not None:
             kinds = COMMAND_TYPES.get(self.dbt.command)
             request["resume"] = {

@@ -187,11 +187,11 @@ def main_message(exception: BaseException) -> str:
     return f"{type(exception).__name__}: {text}" if text else type(exception).__name__
 
 
-def invoke(args: list[str], callbacks: list[Any]) -> Any:
+def invoke(args: list[str], callbacks: list[Any], manifest: Any = None) -> Any:
     """Run one dbt command without output of its own."""
     from dbt.cli.main import dbtRunner
 
-    return dbtRunner(callbacks=callbacks).invoke([*args, "--log-level", "none", "--no-use-colors"])
+    return dbtRunner(manifest, callbacks).invoke([*args, "--log-level", "none", "--no-use-colors"])
 
 
 def written_out(listing: Any) -> list[str]:
@@ -199,6 +199,15 @@ def written_out(listing: Any) -> list[str]:
     not_run = ("source:", "exposure:", "metric:", "semantic_model:")
     chosen = [line for line in listing.result or [] if not line.startswith(not_run)]
     return ["--indirect-selection", "empty", "--select", *chosen] if chosen else []
+
+
+def read_parsed(path: str | None) -> Any:
+    """The project as dbt has left it in a `partial_parse.msgpack`; None if it is not there."""
+    if path is None or not Path(path).is_file():
+        return None
+    from dbt.contracts.graph.manifest import Manifest
+
+    return Manifest.from_msgpack(Path(path).read_bytes())
 
 
 class Unable(Exception):
@@ -215,7 +224,7 @@ def listed(args: list[str], *keys: str) -> Any:
 
 def run(request: dict[str, Any], reporter: Reporter) -> None:
     """build, run, test, seed, snapshot, source freshness: events while it runs, results, the end."""
-    args, selection = list(request["args"]), list(request["selection"])
+    args, selection, parsed = list(request["args"]), list(request["selection"]), request.get("parsed")
     with tempfile.TemporaryDirectory(prefix="dbt-state-") as folder:
         try:
             if request["narrow"]:
@@ -232,11 +241,11 @@ def run(request: dict[str, Any], reporter: Reporter) -> None:
                     return
                 write_state(resume, again, folder)
                 take_vars_from_state()
-                args, selection = [*resume["args"], "--state", folder], []
+                args, selection, parsed = [*resume["args"], "--state", folder], [], None
         except Unable as error:
             send_end(reporter, False, error.__cause__)
             return
-        outcome = invoke([*args, *selection], [reporter.on_event])
+        outcome = invoke([*args, *selection], [reporter.on_event], read_parsed(parsed))
     tell = freshness_of if request["mode"] == "freshness" else record_of
     for result in getattr(outcome.result, "results", None) or []:
         reporter.send(t="result", **tell(result))

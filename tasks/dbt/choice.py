@@ -34,12 +34,12 @@ def incremental_models(lineage: Lineage, names: Sequence[str]) -> list[LineageNo
         DbtInputError: One of them is not in the project, is not incremental, or its own `full_refresh: false`
             forbids what is asked for, which dbt would pass over in silence.
     """
-    there = [node for node in lineage.nodes.values() if _incremental(node)]
+    there = [node for node in lineage.nodes.values() if is_incremental(node)]
     has = f"incremental models of the project: {_some([_name(node) for node in there])}"
     chosen: list[LineageNode] = []
     for name in names:
         node = _one(lineage, name, lambda node: node.resource_type == "model", fitting=there)
-        if not _incremental(node):
+        if not is_incremental(node):
             raise DbtInputError(
                 f"{node.name!r} is not incremental but a {node.materialized or 'model'}, which every build"
                 f" makes anew; {has}."
@@ -58,7 +58,8 @@ def words(lineage: Lineage, nodes: Sequence[LineageNode]) -> list[str]:
     return [_word(lineage, node) for node in nodes]
 
 
-def _incremental(node: LineageNode) -> bool:
+def is_incremental(node: LineageNode) -> bool:
+    """Whether it is an incremental model, a microbatch one too."""
     return node.resource_type == "model" and node.materialized == "incremental"
 
 

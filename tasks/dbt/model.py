@@ -63,6 +63,7 @@ class DbtCore(ToolParameters):
     threads: int | None = Field(default=None, ge=1, description="dbt threads; default: the profile's.")
     data_interval: DataInterval | None = Field(
         default=None,
+        title="Data interval",
         description="Which part of the data: the variables data_interval_start and data_interval_end, and the"
         " event times of microbatch models. Set by the flow that has an interval.",
     )
