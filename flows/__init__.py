@@ -3,6 +3,7 @@
 from flows.backfill import BackfillFailed, BackfillReport, backfill
 from flows.elt import elt_chain
 from flows.fan_out import RunFailed
+from flows.reload import reload
 from flows.report import EltReport, Step, StepState, SyncReport
 from flows.syncs import sync_connections
 from flows.transform import build_project, full_refresh, smoke_test, source_freshness
@@ -19,6 +20,7 @@ __all__ = [
     "build_project",
     "elt_chain",
     "full_refresh",
+    "reload",
     "smoke_test",
     "source_freshness",
     "sync_connections",

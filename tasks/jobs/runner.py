@@ -173,6 +173,7 @@ class EventLoopTaskRunner(TaskRunner[PrefectFuture[Any]]):
         self.cancel_grace = cancel_grace
         self._lock = threading.Lock()
         self._live: LoopSession | None = None
+        self.max_concurrency: int | None = None
         self.limit(max_concurrency)
 
     def limit(self, max_concurrency: int | None) -> None:
@@ -181,7 +182,7 @@ class EventLoopTaskRunner(TaskRunner[PrefectFuture[Any]]):
             raise ValueError(
                 f"max_concurrency must be at least 1, or None for no bound; got {max_concurrency}."
             )
-        if self._live is not None:
+        if self._live is not None and max_concurrency != self.max_concurrency:
             raise RuntimeError("max_concurrency can't change after the first task was submitted.")
         self.max_concurrency = max_concurrency
 

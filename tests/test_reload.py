@@ -1,0 +1,196 @@
+"""Reload: one connection of a pipeline anew, in order and once each, and only what hangs below it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from prefect.client.orchestration import get_client
+
+from flows import EltReport, StepState, elt_chain, reload
+from sandbox import Sandbox
+from tasks.airbyte_jobs import AirbyteVendor
+from tasks.jobs import InputError, read_entries
+from tests.dbt_project import Project
+from tests.flows_fixtures import IDS, Runs, box, runs, sources, sync_parameters
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
+from tests.test_backfill import until
+
+__all__ = ["box", "collected", "runs", "sources"]
+
+# A chain of several dbt processes, which take their time where others run beside them.
+pytestmark = [*PREFECTS_SOCKETS, pytest.mark.timeout(600)]
+
+PIPELINE = "elt-chain/small"
+_PLANES = """
+{{ config(materialized='incremental') }}
+select tailnum, '{{ invocation_id }}' as built_by from {{ source('aircraft', 'planes') }}
+{% if is_incremental() %} where tailnum not in (select tailnum from {{ this }}) {% endif %}
+"""
+_COUNTED = """
+{{ config(materialized='table') }}
+select count(*) as n, '{{ invocation_id }}' as built_by from {{ ref('planes') }}
+"""
+_AIRLINES = """
+{{ config(materialized='table') }}
+select carrier, '{{ invocation_id }}' as built_by from {{ source('carriers', 'airlines') }}
+"""
+
+
+@pytest.fixture
+def shop(box: Sandbox, tmp_path: Path) -> Project:
+    """Two sources, an incremental model on the first, and an activation below each."""
+    project = Project(tmp_path / "shop")
+    project.warehouse = box.warehouse.path
+    project.write(
+        "models/sources.yml",
+        f"""
+        sources:
+          - name: aircraft
+            schema: raw_planes
+            config: {{meta: {{airbyte_connection_id: {IDS["planes"]}}}}}
+            tables: [{{name: planes}}]
+          - name: carriers
+            schema: raw_airlines
+            tables: [{{name: airlines}}]
+        exposures:
+          - {{name: crm, type: application, owner: {{name: a}}, depends_on: [ref('counted')],
+             config: {{meta: {{hightouch_sync_id: 101}}}}}}
+          - {{name: braze, type: application, owner: {{name: a}}, depends_on: [ref('airlines')],
+             config: {{meta: {{hightouch_sync_id: 102}}}}}}
+        """,
+    )
+    project.model("planes", _PLANES)
+    project.model("counted", _COUNTED)
+    project.model("airlines", _AIRLINES)
+    return project
+
+
+@pytest.fixture
+def deployed(box: Sandbox, runs: Runs, shop: Project) -> Iterator[dict[str, Any]]:
+    """The pipeline's parameters, of a deployment that has not run."""
+    hightouch = {"tool": "hightouch", "credentials": "hightouch", "policy": {"poll": 0.1}}
+    parameters = {
+        "syncs": sync_parameters("planes", "airlines"),
+        "transform": shop.core().model_dump(mode="json"),
+        "activations": [{**hightouch, "sync_id": "101"}, {**hightouch, "sync_id": "102"}],
+    }
+    with get_client(sync_client=True) as client:
+        deployment = client.create_deployment(client.create_flow(elt_chain), "small", parameters=parameters)
+        yield parameters
+        client.delete_deployment(deployment)
+
+
+@pytest.fixture
+def pipeline(box: Sandbox, shop: Project, deployed: dict[str, Any]) -> Project:
+    """Run once."""
+    with duckdb.connect(str(box.warehouse.path)) as db:
+        db.execute("create schema marts")
+        for table in ("mart_carrier_scorecard", "mart_weather_delays"):
+            db.execute(f"create table marts.{table} as select 1 as n")
+    report = elt_chain(**elt_chain.validate_parameters(deployed))
+    assert report.complete, report.message
+    box.requests.clear()
+    return shop
+
+
+def built_by(project: Project) -> dict[str, set[str]]:
+    with duckdb.connect(str(project.warehouse), read_only=True) as db:
+        return {
+            name: {str(by) for (by,) in db.execute(f"select distinct built_by from {name}").fetchall()}  # noqa: S608
+            for name in ("planes", "counted", "airlines")
+        }
+
+
+def jobs(box: Sandbox, name: str) -> list[str]:
+    """The connection's jobs after the first, which is of the pipeline's own run."""
+    return [job.job_type for job in box.airbyte.jobs_of(IDS[name])][1:]
+
+
+def steps(report: EltReport) -> dict[str, str]:
+    return {f"{step.kind} {step.resource_id}": step.state.value for step in report.steps}
+
+
+def test_a_full_refresh_and_only_what_hangs_below(box: Sandbox, pipeline: Project) -> None:
+    """Cleared, then loaded, the incremental model below built from nothing, the activation below run."""
+    before = built_by(pipeline)
+    report = reload("planes", mode="full_refresh", streams=["planes"], pipeline="small")
+    assert report.complete, report.message
+    assert jobs(box, "planes") == ["clear", "sync"]
+    assert jobs(box, "airlines") == []
+    (cleared,) = box.requests.find(path="/connections/clear/stream$")
+    assert cleared.body["streams"] == [{"streamName": "planes"}]
+    after = built_by(pipeline)
+    assert after["airlines"] == before["airlines"]
+    assert len(after["planes"]) == 1
+    assert after["planes"] == after["counted"] != before["planes"]
+    activated = [step for step in report.steps if step.kind == "activation"]
+    assert [(step.resource_id, step.state) for step in activated] == [("101", StepState.SUCCEEDED)]
+    assert "dbt build source:aircraft.planes+" in next(s.name for s in report.steps if s.kind == "transform")
+
+
+def test_incremental_keeps_what_is_there(box: Sandbox, pipeline: Project) -> None:
+    """Nothing is cleared, and the incremental model keeps its rows; by the connection's id as by its name."""
+    before = built_by(pipeline)
+    report = reload(IDS["planes"], pipeline=PIPELINE)
+    assert report.complete, report.message
+    assert jobs(box, "planes") == ["sync"]
+    after = built_by(pipeline)
+    assert after["planes"] == before["planes"]
+    assert after["counted"] != before["counted"]
+    assert after["airlines"] == before["airlines"]
+
+
+def test_killed_between_reset_and_reload(
+    box: Sandbox, runs: Runs, pipeline: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL when the clear has ended and the sync is not there, the run retried: one clear, one sync."""
+    # The request for the sync never arrives, and no answer tells so.
+    box.faults.add(vendor="airbyte", kind="drop", method="POST", path="/jobs$", after=1)
+    box.faults.add(vendor="airbyte", kind="drop", method="GET", path="/jobs$", after=1)
+    run_id = runs.create(reload, {"connection": "planes", "mode": "full_refresh", "pipeline": PIPELINE})
+    script = [sys.executable, str(Path(__file__).with_name("backfill_crash.py")), str(run_id), "reload"]
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+
+    def the_sync_is_asked_for() -> bool:
+        assert process.poll() is None, "it ended by itself"
+        return box.requests.count(vendor="airbyte", method="POST", path="/jobs$") >= 2
+
+    with subprocess.Popen(script, env=env, stdout=subprocess.DEVNULL) as process:  # noqa: S603
+        try:
+            until(the_sync_is_asked_for)
+        finally:
+            process.kill()
+    assert jobs(box, "planes") == ["clear"]
+    assert [entry.open for entry in asyncio.run(read_entries(run_id))] == [False, True]
+    box.faults.clear()
+    monkeypatch.setattr(AirbyteVendor, "grace", 3.0)
+    state = runs.run(reload, run_id)
+    assert state.is_completed(), state.message
+    assert jobs(box, "planes") == ["clear", "sync"]
+    assert len(built_by(pipeline)["planes"]) == 1
+
+
+def test_what_can_not_be_done_is_refused(box: Sandbox, deployed: dict[str, Any]) -> None:
+    """With what there is, and nothing is started."""
+    for asked, sentence in (
+        (
+            {"connection": "plans"},
+            r"no connection 'plans'\. It has: .*airlines .*planes .*Nothing was started",
+        ),
+        ({"streams": ["plane"]}, r"has no stream plane\. It has: planes\. Nothing was started"),
+        ({"mode": "incremental", "streams": ["planes"]}, r"streams are for the mode full_refresh"),
+        ({"pipeline": "nightly"}, r"no pipeline 'nightly'\. Deployments of elt-chain: .*small"),
+        ({"pipeline": "dbt-build/small"}, r"no pipeline 'dbt-build/small'"),
+    ):
+        parameters: dict[str, Any] = {"connection": "planes", "mode": "full_refresh", "pipeline": PIPELINE}
+        with pytest.raises(InputError, match=sentence):
+            reload(**{**parameters, **asked})
+    assert box.airbyte.jobs_of(IDS["planes"]) == box.airbyte.jobs_of(IDS["airlines"]) == []
