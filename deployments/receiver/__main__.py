@@ -71,6 +71,18 @@ async def _load(options: argparse.Namespace) -> tuple[list[Source[Any]], tuple[O
         return await load_sources(client, [one.strip() for one in named]), triggers
 
 
+def _log_to_stderr() -> None:
+    """What the receiver itself says; Prefect has set up the root logger for warnings alone."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    for name in ("elt.receiver", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [handler], False
+        logger.setLevel(logging.INFO)
+    for name in ("httpx", "httpcore"):  # they write whole addresses, and those of Slack's answers are secret
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
 def _serve(app: Starlette, options: argparse.Namespace) -> None:
     # No access log: it would write addresses, and one of them carries a secret.
     uvicorn.run(
@@ -92,14 +104,12 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code: 1 where it could not be started.
     """
     options = _options(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for name in ("httpx", "httpcore"):  # they write whole addresses, and those of Slack's answers are secret
-        logging.getLogger(name).setLevel(logging.WARNING)
     try:
         sources, triggers = asyncio.run(_load(options))
     except (SetupWrong, TriggersWrong, DeployError) as error:
         print(f"✗ {error}", file=sys.stderr)  # noqa: T201 - it is a command
         return 1
+    _log_to_stderr()
     log = logging.getLogger("elt.receiver")
     for source in sources:
         log.info("on: %s", source.shown_path)
