@@ -27,6 +27,7 @@ from tasks.jobs import read_entries
 _NOTIFY: TypeAdapter[list[Notify]] = TypeAdapter(NotifyList)
 _BAD = (DbtState.FAIL, DbtState.ERROR)
 _WELL = (DbtState.SUCCESS, DbtState.WARN)
+_CANCELLED = "was cancelled"
 _JOBS = 5  # that are named in an alert
 
 # Occasions of which this process has told: `on_failure` hooks run in it, and have nothing to add.
@@ -59,11 +60,26 @@ class Telling:
 
     def refused(self, error: Exception) -> None:
         """Tell that the run could not begin, and why."""
+        self._say([died("could not begin", str(error), owner=_owner(flow_run.tags))])
+
+    def said(self, alarms: list[Alarm], fine: list[str], summary: list[str]) -> None:
+        """Tell of what the run has found, where it is no chain of steps.
+
+        Args:
+            alarms: What is wrong.
+            fine: The keys of what is well.
+            summary: The same, a line for each, for those who are told of every run.
+        """
+        self._say(alarms, [*OF_RUNS, *fine], summary)
+
+    def _say(self, alarms: list[Alarm], fine: Sequence[str] = (), summary: Sequence[str] = ()) -> None:
         self._tell(
             Bulletin(
                 run=flow_run.name or "",
                 run_url=flow_run.ui_url,
-                alarms=[died("could not begin", str(error), owner=_owner(flow_run.tags))],
+                alarms=alarms,
+                fine=list(fine),
+                summary=list(summary),
                 **_here(),
             )
         )
@@ -125,7 +141,9 @@ async def tell_of_run(
     if not notify:
         return False
     alarm = died(what, reason, key=key, level=level, owner=owner_of(run))
-    told = (await _about(run, flow_name)).model_copy(update={"alarms": [await _with_jobs(alarm, run, log)]})
+    if what != _CANCELLED:  # which cancels them
+        alarm = await _with_jobs(alarm, run, log)
+    told = (await _about(run, flow_name)).model_copy(update={"alarms": [alarm]})
     return all(await asyncio.gather(*(announce(one, told, log) for one in notify)))
 
 
@@ -288,7 +306,7 @@ def _with_held(alarms: Sequence[Alarm], report: Report) -> Iterator[Alarm]:
 def how(state: State[Any]) -> str:
     """How a run has ended, in a word."""
     if state.is_cancelled() or state.is_cancelling():
-        return "was cancelled"
+        return _CANCELLED
     return "crashed" if state.is_crashed() else "failed"
 
 

@@ -27,6 +27,7 @@ from tasks.rescue import (
     dead,
     declare_dead,
     last_sign,
+    outlived,
     reschedule,
     rescues,
     why_not,
@@ -61,7 +62,7 @@ class Rescue(BaseModel):
 async def recover(
     flow_run_id: UUID,
     at_most: Annotated[int, Field(ge=0)] = 3,
-    delay: Annotated[float, Field(ge=10)] = 30.0,
+    delay: Annotated[float, Field(ge=10)] = 15.0,
     silent_for: Annotated[float, Field(gt=0)] = 75.0,
     notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
 ) -> Rescue:
@@ -73,7 +74,8 @@ async def recover(
         delay: Seconds after which it is started again, the second time twice as many, and so on. At least 10:
             a worker reports a crash twice within some seconds, and the later report would undo the rescue.
         silent_for: Seconds without a heartbeat after which a run that says it is Running is dead. More than
-            twice `PREFECT_FLOWS_HEARTBEAT_FREQUENCY` of whatever runs it.
+            twice `PREFECT_FLOWS_HEARTBEAT_FREQUENCY` of whatever runs it. One that is said to have crashed is
+            rescued when it has been silent for half of that.
         notify: Who is told of runs whose own parameters name nobody.
 
     Returns:
@@ -98,7 +100,10 @@ async def recover(
 async def _crashed(client: PrefectClient, run: FlowRun, silent_for: float) -> FlowRun | None:
     """The run in its state Crashed, if it is that or ought to be."""
     if run.state and run.state.is_crashed():
-        return run
+        if await outlived(client, run, silent_for / 2):
+            return None
+        run = await client.read_flow_run(run.id)
+        return run if run.state and run.state.is_crashed() else None
     silent = await dead(client, run, silent_for)
     if silent is None:
         return None
@@ -114,23 +119,20 @@ async def _rescue(client: PrefectClient, run: FlowRun, at_most: int, delay: floa
     so_far = await rescues(client, run)
     done = Rescue(flow_run_id=run.id, did="given up", why="", rescues=so_far)
     done.closed = await close_task_runs(client, run, "The process of the run died.")
+    if run.deployment_id is None and run.parent_task_run_id:
+        return _left(run.id, "it is part of another run, which does it again when it is rescued itself")
     reason = await why_not(client, run)
     if reason is None and so_far >= at_most:
-        reason = f"it has been rescued {so_far} times, and more than {at_most} are not allowed"
-        reason = reason if so_far else "it is not allowed to be rescued (`at_most` is 0)"
+        times = "1 time" if so_far == 1 else f"{so_far} times"
+        reason = f"it has been rescued {times}, and more is not allowed"
+        reason = reason if so_far else "rescues are not allowed (`at_most` is 0)"
     if reason:
         return done.model_copy(update={"why": reason})
     wait = delay * 2**so_far
-    message = f"Its process died; it is started again in {wait:g} s, for the {so_far + 1}. time of {at_most}."
-    if not await reschedule(client, run, wait, message):
+    why = f"it is started again in {wait:g} s, rescue {so_far + 1} of {at_most}"
+    if not await reschedule(client, run, wait, f"Its process died; {why}."):
         return _left(run.id, "somebody else has just rescued it")
-    return done.model_copy(
-        update={
-            "did": "rescheduled",
-            "rescues": so_far + 1,
-            "why": f"it is started again in {wait:g} s, for the {so_far + 1}. time of {at_most}",
-        }
-    )
+    return done.model_copy(update={"did": "rescheduled", "rescues": so_far + 1, "why": why})
 
 
 async def _tell(run: FlowRun, done: Rescue, notify: NotifyList) -> None:
@@ -154,6 +156,6 @@ def _well(run: FlowRun) -> str:
     """Why a run needs no rescue, in words."""
     if run.state is None:
         return "it has no state"
-    if run.state.type in (StateType.PENDING, StateType.RUNNING):
+    if run.state.type in (StateType.PENDING, StateType.RUNNING, StateType.CRASHED):
         return "it is alive"
     return f"it is {run.state.name}"

@@ -41,6 +41,7 @@ SCRIPT_HEARTBEAT = 180.0
 """Seconds between the heartbeats of a run in a script: Prefect's default."""
 
 _LOOK = 5.0  # seconds between two looks at a run that may be alive
+_LAG = timedelta(seconds=1)  # between the death of a process and its report, by two clocks
 _PAGE = 200
 _AT_ONCE = 10
 _OPEN = [StateType.PENDING, StateType.RUNNING]
@@ -54,6 +55,28 @@ async def last_sign(client: PrefectClient, run: FlowRun) -> datetime:
         run: The flow run, as it was read last.
     """
     since = run.state.timestamp if run.state else run.created or datetime.now(UTC)
+    return await _last_beat(client, run, since) or since
+
+
+async def outlived(client: PrefectClient, run: FlowRun, patience: float) -> bool:
+    """Whether a run goes on that is said to have crashed: its heartbeats come after the report.
+
+    A worker reports the death of what it has started, which may be another process than the flow's own.
+
+    Args:
+        client: Prefect's client.
+        run: The run, Crashed.
+        patience: Seconds after the report for which heartbeats are waited for.
+    """
+    assert run.state is not None  # noqa: S101 - it is Crashed
+    crashed = run.state.timestamp
+    left = patience - (datetime.now(UTC) - crashed).total_seconds()
+    if left > 0:
+        await asyncio.sleep(left)
+    return await _last_beat(client, run, crashed + _LAG) is not None
+
+
+async def _last_beat(client: PrefectClient, run: FlowRun, since: datetime) -> datetime | None:
     beats = EventFilter(
         occurred=EventOccurredFilter(since=since, until=datetime.now(UTC) + timedelta(minutes=1)),
         event=EventNameFilter(name=[HEARTBEAT]),
@@ -63,7 +86,7 @@ async def last_sign(client: PrefectClient, run: FlowRun) -> datetime:
         "POST", "/events/filter", json={"filter": beats.model_dump(mode="json"), "limit": 1}
     )
     found = response.json()["events"]
-    return max(since, datetime.fromisoformat(found[0]["occurred"])) if found else since
+    return datetime.fromisoformat(found[0]["occurred"]) if found else None
 
 
 async def dead(client: PrefectClient, run: FlowRun, silent_for: float) -> FlowRun | None:
@@ -153,8 +176,6 @@ async def rescues(client: PrefectClient, run: FlowRun) -> int:
 async def why_not(client: PrefectClient, run: FlowRun) -> str | None:
     """Why a run can't be put on the schedule again, in words; None if it can."""
     if run.deployment_id is None:
-        if run.parent_task_run_id:
-            return "it is part of another run, which does it again when it is rescued itself"
         return "it is of no deployment, so nobody but whoever started it can start it again"
     try:
         deployment = await client.read_deployment(run.deployment_id)

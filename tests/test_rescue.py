@@ -14,7 +14,8 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Cancelling, Completed, Crashed, Pending, Running
 
-from flows.recover import Rescue, recover
+from flows.recover import Rescue
+from flows.recover import recover as recover_flow
 from tasks.rescue import HEARTBEAT, RESCHEDULED
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
@@ -32,6 +33,11 @@ def a_flow_of_ours(notify: list[dict[str, Any]] | None = None) -> None:
 async def client() -> AsyncIterator[PrefectClient]:
     async with get_client() as client:
         yield client
+
+
+async def recover(flow_run_id: UUID, silent_for: float = 1.0, **said: Any) -> Rescue:
+    """As it is deployed, but for its patience."""
+    return await recover_flow(flow_run_id, silent_for=silent_for, **said)
 
 
 class Dead:
@@ -121,7 +127,7 @@ async def test_who_is_left_alone(dead: Dead, states: list[State[Any]]) -> None:
     """What a person has cancelled, what has ended and what waits to begin is not touched."""
     run = await dead.run(*states)
     before = await dead.names(run)
-    assert (await recover(run.id, silent_for=1)).did == "left alone"
+    assert (await recover(run.id)).did == "left alone"
     assert await dead.names(run) == before
 
 
@@ -158,6 +164,18 @@ async def test_a_heartbeat_that_came_late(dead: Dead) -> None:
     done: Rescue = await watching
     assert (done.did, done.why) == ("left alone", "it is alive")
     assert (await dead.names(run))[-1] == "Running"
+
+
+async def test_a_process_that_outlives_its_crash(dead: Dead) -> None:
+    """What was reported was the death of another process: heartbeats go on, and so does the run."""
+    run = await dead.run(Pending(), Running(), Crashed())
+    watching = asyncio.create_task(recover(run.id, silent_for=10))
+    async with asyncio.timeout(90):
+        while not watching.done():
+            await _beat(dead.client, run)
+            await asyncio.sleep(0.5)
+    assert (await watching).did == "left alone"
+    assert (await dead.names(run))[-1] == "Crashed"
 
 
 async def test_a_run_that_ends_while_it_is_watched(dead: Dead) -> None:

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-import signal
+import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 import psutil  # type: ignore[import-untyped]
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
 from prefect.client.schemas.objects import StateType, TaskRun
 
 from deployments.automations import Entry, apply, plan, read_entries, remove, resolve
@@ -58,21 +65,35 @@ def _quick(entry: Entry) -> Entry:
     return entry.model_copy(update={"trigger": trigger, "actions": actions})
 
 
-@pytest.fixture
-async def automations(stage: Stage) -> Any:
+@dataclass
+class Automations:
     """Those of deployments/automations.yaml, on the server."""
+
+    runs: Runs
+    ids: dict[str, UUID]
+
+    def off(self, words: str) -> None:
+        """Switch one off, as an operator does."""
+        (found,) = [automation for name, automation in self.ids.items() if words in name]
+        reply = httpx.patch(f"{self.runs.api_url}/automations/{found}", json={"enabled": False})
+        reply.raise_for_status()
+
+
+@pytest.fixture
+async def automations(runs: Runs, stage: Stage) -> AsyncIterator[Automations]:
     async with get_client() as client:
         wanted = await resolve(client, [_quick(entry) for entry in read_entries()])
         await apply(client, await plan(client, wanted))
-        yield
-        await remove(client, (await plan(client, [])).remove)
+        there = (await plan(client, [])).remove
+        yield Automations(runs, {automation.name: automation.id for automation in there})
+        await remove(client, there)
 
 
 @contextmanager
 def machine(log: Path) -> Iterator[psutil.Process]:
     """A worker; what is still there of it and of its runs is killed in the end."""
     command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", "elt"]
-    env = {**__import__("os").environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}
+    env = {**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"}
     with log.open("wb") as output:
         worker = subprocess.Popen(command, cwd=log.parent, env=env, stdout=output, stderr=output)  # noqa: S603
         try:
@@ -85,12 +106,21 @@ def machine(log: Path) -> Iterator[psutil.Process]:
 
 def power_off(worker: psutil.Process) -> None:
     """SIGKILL for a worker and all that it has started, at once."""
-    family = [worker, *worker.children(recursive=True)]
-    for process in family:
-        process.send_signal(signal.SIGSTOP)  # so that nobody reports the death of another
-    family = [worker, *worker.children(recursive=True)]
-    for process in family:
+    for process in _family(worker):
+        process.suspend()  # so that nobody reports the death of another
+    for process in _family(worker):
         process.kill()
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def _is_up(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _task_runs(runs: Runs, run: UUID) -> list[TaskRun]:
@@ -102,7 +132,7 @@ def _names(runs: Runs, run: UUID) -> list[str | None]:
 
 
 def test_killed_in_mid_sync_and_rescued_without_a_hand(
-    runs: Runs, stage: Stage, automations: None, tmp_path: Path
+    runs: Runs, stage: Stage, automations: Automations, tmp_path: Path
 ) -> None:
     """One process killed, then its worker and all else: both runs end well, with one job per connection."""
     killed = {}
@@ -113,7 +143,8 @@ def test_killed_in_mid_sync_and_rescued_without_a_hand(
             killed[name] = runs.start(BY_HAND, syncs=stage.syncs(name))
         for name in killed:
             stage.started(name)
-        runs.process(killed["process"]).kill()
+        for process in _family(runs.process(killed["process"])):
+            process.kill()
         ended = runs.ended(killed["process"])
         assert ended.state is not None
         assert ended.state.type is StateType.CRASHED
@@ -122,6 +153,9 @@ def test_killed_in_mid_sync_and_rescued_without_a_hand(
     with machine(tmp_path / "second.log"):
         for name, run in killed.items():
             until(f"{name}: rescued", lambda run=run: RESCHEDULED in _names(runs, run), within=180)  # type: ignore[misc]
+        # These runs beat every 30 s, and the test's patience is shorter: the next attempt would be dead, too.
+        automations.off("heartbeats stopped")
+        for name, run in killed.items():
             until(f"{name}: runs again", lambda run=run: runs.read(run).run_count == 2, within=120)  # type: ignore[misc]
         for name, run in killed.items():
             for connection in stage.groups[name]:
@@ -136,6 +170,52 @@ def test_killed_in_mid_sync_and_rescued_without_a_hand(
     messages = [message.text for message in stage.box.slack.messages]
     assert [text for text in messages if "the run* crashed" in text]
     assert [text for text in messages if "the run* is well again" in text]
+
+
+def test_a_process_that_comes_back_from_the_dead(
+    runs: Runs, stage: Stage, automations: Automations, tmp_path: Path
+) -> None:
+    """Suspended and taken for dead, it wakes beside the next attempt: it starts nothing and says nothing."""
+    stage.add("asleep", 2, outcome="stuck")
+    with machine(tmp_path / "worker.log"):
+        # One after the other, so that there is something left to start.
+        run = runs.start(BY_HAND, syncs=stage.syncs("asleep"), max_concurrency=1)
+        begun = until("the first job runs", lambda: [c for c in stage.groups["asleep"] if _jobs(stage, c)])
+        (first,) = begun
+        (second,) = set(stage.groups["asleep"]) - {first}
+        old = _family(runs.process(run))  # a supervisor and the flow's own process
+        for process in old:
+            process.suspend()
+        until("the run is rescued", lambda: RESCHEDULED in _names(runs, run), within=180)
+        # These runs beat every 30 s, and the test's patience is shorter: the next attempt would be dead, too.
+        automations.off("heartbeats stopped")
+        until("the next attempt runs", lambda: runs.read(run).run_count == 2, within=120)
+        for process in old:
+            process.resume()
+        until("it attaches", lambda: _attached(runs, run), within=120)
+        _jobs(stage, first)[0].timeline.finish("succeeded")
+        until("the second job runs", lambda: _jobs(stage, second), within=120)
+        until("the old processes end", lambda: not any(_is_up(process) for process in old))
+        _jobs(stage, second)[0].timeline.finish("succeeded")
+        ended = runs.ended(run, within=120)
+    assert ended.state is not None
+    assert ended.state.type is StateType.COMPLETED, ended.state.message
+    assert _names(runs, run)[-2:] == ["Running", "Completed"], _told_by(runs, run)
+    assert stage.statuses("asleep") == ["succeeded"] * 2
+
+
+def _jobs(stage: Stage, connection: str) -> list[Any]:
+    return list(stage.box.airbyte.jobs_of(connection))
+
+
+def _told_by(runs: Runs, run: UUID) -> list[str]:
+    """The run's log."""
+    of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
+    return [log.message for log in runs.client.read_logs(of_run)]
+
+
+def _attached(runs: Runs, run: UUID) -> bool:
+    return any("of an earlier attempt" in message for message in _told_by(runs, run))
 
 
 def _all_is_closed(runs: Runs, run: UUID) -> None:

@@ -36,6 +36,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import ConfigDict, Field, TypeAdapter
 
+from tasks.jobs.attempt import current_attempt, stop_if_superseded
 from tasks.jobs.model import Intent, JobHandle, JobResult
 
 ARTIFACT_KEY = "elt-jobs"
@@ -128,6 +129,7 @@ class RunJournal:
         self._urgent = asyncio.Event()
         self._writer: asyncio.Task[None] | None = None
         self._loaded: asyncio.Task[None] | None = None
+        self._attempt = 0
 
     async def entry(self, key: str) -> Entry | None:
         """The latest entry under a key, of this attempt or an earlier one."""
@@ -159,9 +161,13 @@ class RunJournal:
     async def record(self, entry: Entry, *, urgent: bool = False) -> None:
         """Write an entry; returns when the API has it.
 
+        What is urgent is written before a job is started, and only if no other attempt of the run has begun.
+
         Raises:
+            Superseded: Another attempt has begun.
             Exception: What the Prefect client raises when the API can't be reached.
         """
+        self._attempt = max(self._attempt, current_attempt())
         entry = entry.model_copy(update={"updated": datetime.now(UTC)})
         self._entries[entry.key] = entry
         if entry.key not in self._page_of:
@@ -193,11 +199,14 @@ class RunJournal:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._urgent.wait(), timeout=_PAUSE)
             await asyncio.sleep(0)  # let everything that is ready at this moment join
+            urgent = self._urgent.is_set()
             self._urgent.clear()
             waiting, self._waiting = self._waiting, []
             dirty, self._dirty = self._dirty, set()
             try:
                 async with get_client() as client:
+                    if urgent and self._flow_run_id and self._attempt:
+                        await stop_if_superseded(client, self._flow_run_id, self._attempt)
                     for page in sorted(dirty):
                         await self._write_page(client, page)
             except Exception as error:  # noqa: BLE001 - handed to whoever waits for this write

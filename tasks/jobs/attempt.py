@@ -1,0 +1,55 @@
+"""Which attempt of a flow run this process is, and whether it still is the last.
+
+A process that was taken for dead may come back: a machine that was suspended, a network that was cut. By then
+another attempt of the run may be at work, which has attached to its jobs. Starting more of them is that one's
+business, and so is the run's state: what this process told Prefect would be taken for news of the other.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from contextlib import suppress
+from uuid import UUID
+
+from prefect.client.orchestration import PrefectClient
+from prefect.context import FlowRunContext
+from prefect.logging.handlers import APILogHandler
+
+_LAST_WORDS = 5.0  # seconds for the log to be sent
+
+
+class Superseded(Exception):
+    """Another attempt of this flow run is at work; nothing was started."""
+
+
+def current_attempt() -> int:
+    """The number of the attempt that runs here, 1 for the first; 0 outside of a flow run."""
+    context = FlowRunContext.get()
+    return context.flow_run.run_count if context and context.flow_run else 0
+
+
+async def stop_if_superseded(client: PrefectClient, flow_run_id: UUID, attempt: int) -> None:
+    """End this process without a word if it is a worker's and another attempt of the run has begun.
+
+    Args:
+        client: Prefect's client.
+        flow_run_id: The run.
+        attempt: The number of ours.
+
+    Raises:
+        Superseded: Another has begun, and this process is not the run's alone.
+    """
+    run = await client.read_flow_run(flow_run_id)
+    if run.run_count <= attempt:
+        return
+    message = f"Attempt {run.run_count} of this run has begun; this is attempt {attempt}, and starts nothing."
+    if os.environ.get("PREFECT__FLOW_RUN_ID") != str(flow_run_id):
+        raise Superseded(message)
+    logging.getLogger("prefect.flow_runs").error(message, extra={"flow_run_id": str(flow_run_id)})
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_WORDS):
+            await APILogHandler.aflush()
+    # Any other exit code is a crash to the worker, of the run that goes on.
+    os._exit(0)
