@@ -122,8 +122,27 @@ class Entry(_Strict):
 
 
 def _renamed(trigger: dict[str, Any], environment: Environment) -> dict[str, Any]:
-    """Automations are told apart by name, and a branch's is another one."""
-    return {**trigger, "name": f"{environment.prefix}{trigger['name']}"} if "name" in trigger else trigger
+    """Automations are told apart by name, and a branch's is another one, of the branch's own deployments."""
+    renamed = {**trigger}
+    if "name" in trigger:
+        renamed["name"] = f"{environment.prefix}{trigger['name']}"
+    if "triggers" in trigger:
+        renamed["triggers"] = [_renamed(one, environment) for one in trigger["triggers"]]
+    if related := trigger.get("match_related"):
+        specs = [
+            _of_environment(one, environment) for one in (related if isinstance(related, list) else [related])
+        ]
+        renamed["match_related"] = specs if isinstance(related, list) else specs[0]
+    return renamed
+
+
+def _of_environment(spec: dict[str, Any], environment: Environment) -> dict[str, Any]:
+    """Related deployments under the names that they have here."""
+    names = spec.get("prefect.resource.name")
+    if spec.get("prefect.resource.role") != "deployment" or not names:
+        return spec
+    here = [environment.deployment_name(name) for name in ([names] if isinstance(names, str) else names)]
+    return {**spec, "prefect.resource.name": here[0] if isinstance(names, str) else here}
 
 
 class PrefectFile(_Strict):

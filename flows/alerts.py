@@ -166,7 +166,7 @@ async def _about(run: FlowRun, flow_name: str | None = None) -> Bulletin:
         run_url=_url(run),
         run_id=str(run.id),
         deployment=name,
-        tags=run.tags,
+        tags=sorted(run.tags),
         occasion=occasion_of(run),
     )
 
@@ -321,7 +321,7 @@ def _here() -> dict[str, Any]:
         "pipeline": name,
         "run_id": str(flow_run.id or ""),
         "deployment": name,
-        "tags": list(flow_run.tags or []),
+        "tags": sorted(flow_run.tags or []),
         "occasion": _occasion(),
     }
 

@@ -21,6 +21,7 @@ from blocks.reference import load_block
 from tasks.airbyte_check import airbyte_check, named, streams_of
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.airbyte_model import AirbyteConnections, AirbyteSync, ServerRef
+from tasks.fresh import tell_fresh
 from tasks.jobs import (
     InputError,
     JobPolicy,
@@ -47,6 +48,9 @@ __all__ = [
     "airbyte_sync",
     "airbyte_wait",
 ]
+
+
+_EMPTYING = ("clear", "reset")
 
 
 def _run_name(verb: str) -> Any:
@@ -82,7 +86,8 @@ async def _run(
             cleared = await _job(vendor, sync, sync.before, streams=streams_of(connection, sync.streams))
             if cleared.state is JobState.SKIPPED:
                 return cleared
-        return await _job(vendor, sync, operation, mode=mode, streams=streams_of(connection, streams))
+        result = await _job(vendor, sync, operation, mode=mode, streams=streams_of(connection, streams))
+    return result if operation in _EMPTYING else tell_fresh(result)
 
 
 async def _job(
@@ -96,7 +101,7 @@ async def _job(
     name, policy = sync.name, sync.policy
     if operation != "sync":
         name = f"{operation} {name}"
-    if operation in ("clear", "reset"):
+    if operation in _EMPTYING:
         policy = policy.model_copy(update={"min_rows": None})  # it moves no rows
     request = AirbyteRequest(sync.connection_id, operation, name, sync.owner, mode, streams)
     return await run_job(vendor, request, policy)

@@ -35,6 +35,7 @@ from tasks.fivetran_jobs import (
     problem_of,
     status_of,
 )
+from tasks.fresh import tell_fresh
 from tasks.jobs import (
     Checked,
     InputError,
@@ -299,7 +300,7 @@ async def fivetran_sync(sync: FivetranSync) -> JobResult:
             rescheduled=sync.rescheduled,
             timeout=sync.policy.timeout,
         )
-        return await run_job(FivetranVendor(credentials), request, sync.policy)
+        return tell_fresh(await run_job(FivetranVendor(credentials), request, sync.policy))
 
 
 @task(

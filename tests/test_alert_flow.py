@@ -97,7 +97,7 @@ async def test_a_run_that_failed_is_told_with_all_that_one_has_to_know(
     ):
         assert said in message.text
     (page,) = box.pagerduty.open_of()
-    details = page.payload["custom_details"]
+    details = page.triggers[-1]["payload"]["custom_details"]
     assert details["run id"] == str(run.id)
     assert details["deployment"] == f"somebodys-flow/{team.name}"
     assert details["owner"] == "desk"
