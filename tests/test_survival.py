@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from uuid import UUID
 
 import httpx
@@ -19,8 +18,6 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
-    LogFilter,
-    LogFilterFlowRunId,
 )
 from prefect.client.schemas.objects import StateType, TaskRun
 
@@ -116,13 +113,6 @@ def _family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
-def _is_up(process: psutil.Process) -> bool:
-    try:
-        return bool(process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
-
-
 def _task_runs(runs: Runs, run: UUID) -> list[TaskRun]:
     return runs.client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[run])))
 
@@ -170,52 +160,6 @@ def test_killed_in_mid_sync_and_rescued_without_a_hand(
     messages = [message.text for message in stage.box.slack.messages]
     assert [text for text in messages if "the run* crashed" in text]
     assert [text for text in messages if "the run* is well again" in text]
-
-
-def test_a_process_that_comes_back_from_the_dead(
-    runs: Runs, stage: Stage, automations: Automations, tmp_path: Path
-) -> None:
-    """Suspended and taken for dead, it wakes beside the next attempt: it starts nothing and says nothing."""
-    stage.add("asleep", 2, outcome="stuck")
-    with machine(tmp_path / "worker.log"):
-        # One after the other, so that there is something left to start.
-        run = runs.start(BY_HAND, syncs=stage.syncs("asleep"), max_concurrency=1)
-        begun = until("the first job runs", lambda: [c for c in stage.groups["asleep"] if _jobs(stage, c)])
-        (first,) = begun
-        (second,) = set(stage.groups["asleep"]) - {first}
-        old = _family(runs.process(run))  # a supervisor and the flow's own process
-        for process in old:
-            process.suspend()
-        until("the run is rescued", lambda: RESCHEDULED in _names(runs, run), within=180)
-        # These runs beat every 30 s, and the test's patience is shorter: the next attempt would be dead, too.
-        automations.off("heartbeats stopped")
-        until("the next attempt runs", lambda: runs.read(run).run_count == 2, within=120)
-        for process in old:
-            process.resume()
-        until("it attaches", lambda: _attached(runs, run), within=120)
-        _jobs(stage, first)[0].timeline.finish("succeeded")
-        until("the second job runs", lambda: _jobs(stage, second), within=120)
-        until("the old processes end", lambda: not any(_is_up(process) for process in old))
-        _jobs(stage, second)[0].timeline.finish("succeeded")
-        ended = runs.ended(run, within=120)
-    assert ended.state is not None
-    assert ended.state.type is StateType.COMPLETED, ended.state.message
-    assert _names(runs, run)[-2:] == ["Running", "Completed"], _told_by(runs, run)
-    assert stage.statuses("asleep") == ["succeeded"] * 2
-
-
-def _jobs(stage: Stage, connection: str) -> list[Any]:
-    return list(stage.box.airbyte.jobs_of(connection))
-
-
-def _told_by(runs: Runs, run: UUID) -> list[str]:
-    """The run's log."""
-    of_run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[run]))
-    return [log.message for log in runs.client.read_logs(of_run)]
-
-
-def _attached(runs: Runs, run: UUID) -> bool:
-    return any("of an earlier attempt" in message for message in _told_by(runs, run))
 
 
 def _all_is_closed(runs: Runs, run: UUID) -> None:
