@@ -104,7 +104,7 @@ async def run(sources: Sequence[Source], triggers: Sequence[OnceTrigger]) -> Non
     """Listen to all of these until SIGTERM or Ctrl-C.
 
     Raises:
-        ListenError: One could not even be begun with; the others are stopped.
+        ListenError: One could not even be begun with. Whatever ends one, the others are stopped as well.
     """
     if not PREFECT_API_URL.value():
         raise ListenError("PREFECT_API_URL is not set: there is no Prefect server to hand events to")
@@ -122,8 +122,9 @@ async def run(sources: Sequence[Source], triggers: Sequence[OnceTrigger]) -> Non
             try:
                 await listen(source, hand, stop)
             except ListenError as error:
-                stop.set()
                 raise ListenError(f"{source.label}: {error}") from None
+            finally:
+                stop.set()  # one that has ended, whyever, must not go unnoticed beside others that go on
 
         outcomes = await asyncio.gather(*(one(source) for source in sources), return_exceptions=True)
     for outcome in outcomes:

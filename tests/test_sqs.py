@@ -8,12 +8,14 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import pytest
 from moto.server import ThreadedMotoServer
 
+from deployments.listen import LISTENERS, main, read_listeners
 from sandbox.stage import free_port
 from tasks.events import EltEvent, HandedOver, HandOverError, hand_over
 from tasks.looking.listener import BackOff, ListenError, listen
@@ -285,6 +287,46 @@ async def test_queue_away_is_waited_out(
     later.stop()
     assert len(target.runs()) == 1
     assert caplog.text.count("SQS can't be reached") == 1
+
+
+def test_one_that_cannot_begin_ends_the_command(
+    queue: Queue, listening: Listening, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command says which listener is wrong and ends with 2, rather than going on without it."""
+    wrong = {"source": "sqs", "name": "orders", "queue": "no-such", "credentials": queue.block}
+    assert main(["--file", str(listening.files(wrong, RECEIVED))]) == 2
+    assert capsys.readouterr().err == "sqs orders: there is no queue no-such.\n"
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize(
+    ("listeners", "arguments", "said"),
+    [
+        ([{"source": "sqs", "name": "a", "queue": "q", "visibility": 1}], [], "listeners.a.sqs.visibility"),
+        ([{"source": "sqs", "name": "a", "queue": "q", "secret": "hush"}], [], "listeners.a.sqs.secret"),
+        ([{"source": "rabbit", "name": "a"}], [], "listeners.a: Input tag 'rabbit'"),
+        ([{"source": "sqs", "name": "a", "queue": "q"}] * 2, [], "two listeners are called a"),
+        ([{"source": "sqs", "name": "a", "queue": "q", "enabled": False}], [], "is enabled"),
+        ([{"source": "sqs", "name": "a", "queue": "q"}], ["--only", "b"], "has no listener b; it has: a"),
+        ([{"source": "sqs", "name": "a", "queue": "q"}], ["--env", "moon"], "there is no environment 'moon'"),
+    ],
+)
+def test_wrong_file_is_said(
+    tmp_path: Path, listeners: Any, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is wrong in the file or the arguments is said before anything is listened to."""
+    file = tmp_path / "listeners.yaml"
+    file.write_text(json.dumps({"listeners": listeners}))
+    assert main(["--file", str(file), "--check", *arguments]) == 2
+    assert said in (text := capsys.readouterr().err)
+    assert "hush" not in text
+
+
+@pytest.mark.no_server
+def test_shipped_file_is_right() -> None:
+    """The examples can be listened to as they are, once their blocks are there."""
+    names = [one.name for one in read_listeners(LISTENERS).listeners]
+    assert main(["--check", "--only", *names]) == 0
 
 
 @pytest.mark.timeout(240)

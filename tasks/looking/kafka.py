@@ -73,7 +73,7 @@ class KafkaSource:
         self._paused = False
         self._down = False
         self._refused = ""
-        self._unmarked: Exception | None = None
+        self._unmarked = False
 
     @property
     def label(self) -> str:
@@ -165,15 +165,15 @@ class KafkaSource:
 
         try:
             self._mark(consumer, partitions)
-        except KafkaException as error:  # must not leave the callback, which is called from C
-            self._unmarked = error
+        except KafkaException:  # must not leave the callback, which is called from C; `_consume` tries again
+            self._unmarked = True
 
     def _mark(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         """Write down where we begin, so that what comes while nobody listens is not passed over later."""
         from confluent_kafka import OFFSET_INVALID, TopicPartition
 
         begin = []
-        for found in consumer.committed(partitions, timeout=_LOOK):
+        for found in consumer.committed(partitions, timeout=_LOOK) if partitions else ():
             if found.offset == OFFSET_INVALID:
                 low, high = consumer.get_watermark_offsets(found, timeout=_LOOK)
                 offset = low if self._settings.start == "beginning" else high
@@ -193,8 +193,8 @@ class KafkaSource:
         if self._aside:
             messages, self._aside = self._aside, []
         else:
+            self._mark_again(consumer)
             messages = consumer.consume(_AT_ONCE, timeout=1.0)
-        self._check_marked()
         good = []
         for message in messages:
             if (error := message.error()) is None:
@@ -206,19 +206,25 @@ class KafkaSource:
             log.info("%s: Kafka is back", self.label)
         return good
 
-    def _check_marked(self) -> None:
-        """See that where we began could be written down."""
-        from confluent_kafka import KafkaError
+    def _mark_again(self, consumer: Consumer) -> None:
+        """Write down where we begin, if that failed when the partitions were given to us."""
+        from confluent_kafka import KafkaError, KafkaException
 
-        error, self._unmarked = self._unmarked, None
-        # The partitions were taken away again in the same moment: whoever gets them writes it down.
-        moved_on = (
-            KafkaError.REBALANCE_IN_PROGRESS,
-            KafkaError.ILLEGAL_GENERATION,
-            KafkaError.UNKNOWN_MEMBER_ID,
-        )
-        if error is not None and error.args[0].code() not in moved_on:
-            raise error
+        if not self._unmarked:
+            return
+        try:
+            self._mark(consumer, consumer.assignment())
+        except KafkaException as error:
+            moving = (
+                KafkaError.REBALANCE_IN_PROGRESS,
+                KafkaError.ILLEGAL_GENERATION,
+                KafkaError.UNKNOWN_MEMBER_ID,
+            )
+            # Partitions that are just being taken away again are written down by whoever gets them.
+            if error.args[0].code() not in moving:
+                raise
+        else:
+            self._unmarked = False
 
     def _pause_and_poll(self) -> None:
         consumer = self._joined()

@@ -151,12 +151,14 @@ class PostgresSource:
             log.warning(
                 "%s: %s notifications were not handed over, and PostgreSQL keeps none.",
                 self.label,
-                len(batch.events) + self._said.qsize(),
+                len(batch.events),
             )
 
     async def close(self) -> None:
-        """Let go of the connection."""
+        """Let go of the connection, and say what was heard and is not handed over any more."""
         await self._drop()
+        if waiting := self._said.qsize():
+            log.warning("%s: %s more notifications were not handed over.", self.label, waiting)
 
     def _notified(self, _connection: Any, _pid: int, channel: str, payload: object) -> None:
         try:
