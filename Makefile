@@ -5,6 +5,7 @@
 #   make server [ARGS="--port 4300"]      a Prefect server on PostgreSQL, until Ctrl-C
 #   make receiver [ARGS="--port 4281"]    takes webhooks for the server of PREFECT_API_URL, until Ctrl-C
 #   make listen [ARGS="--only NAME"]       SQS queues, Kafka topics, PostgreSQL channels as events, until Ctrl-C
+#   make warm-worker [POOL=elt]           a process worker whose runs begin within a second
 #   make test [ARGS="-k journal"]         the tests, on all cores
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
 
-.PHONY: setup demo ui server receiver listen test lint types check check-dbt docs pipelines automations bench clean
+.PHONY: setup demo ui server receiver listen warm-worker test lint types check check-dbt docs pipelines automations bench clean
 
 setup: $(READY)
 
@@ -43,6 +44,9 @@ server: $(READY)
 
 receiver: $(READY)
 	@$(BIN)/python -m deployments.receiver $(ARGS)
+
+warm-worker: $(READY)
+	@$(BIN)/python -m deployments.warm --pool $(or $(POOL),elt) $(ARGS)
 
 # SQS queues, Kafka topics and PostgreSQL channels of deployments/listeners.yaml, until Ctrl-C.
 listen: $(READY)

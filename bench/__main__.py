@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import backfill, dbt_build, fan_out, watching
+from bench import backfill, dbt_build, fan_out, latency, watching
 from bench.fan_out import Case
 from bench.measured import run_measured
 from bench.stage import BenchError, Stage
@@ -19,8 +19,10 @@ from bench.table import (
     as_markdown,
     as_text,
     backfill_section,
+    burst_section,
     dbt_section,
     fan_out_section,
+    latency_section,
     machine,
     watching_section,
 )
@@ -32,6 +34,8 @@ CASES = (
 _MODELS = 100
 _ONLY = "leave the others out; backfill is measured only if it is asked for"
 _PAIRS = 3
+_EVENTS = 30
+_AT_ONCE = 100
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
     # Its `finally` blocks stop the servers.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        with Stage(folder, args.api_url, patient=not args.quick) as stage:
+        # The measurements of events start a server of their own, on PostgreSQL.
+        api_url = "" if args.only == "latency" else args.api_url
+        with Stage(folder, api_url, patient=not args.quick) as stage:
             sections = _measure(stage, args)
     except BenchError as error:
         print(f"The bench broke off: {error}", file=sys.stderr)
@@ -66,6 +72,8 @@ def _measure(stage: Stage, args: argparse.Namespace) -> list[Section]:
         sections.append(_watching(stage, quick=args.quick))
     if args.only == "watching":
         return sections
+    if args.only == "latency":
+        return _latency(stage, quick=args.quick)
     _tell("starting the Prefect server")
     stage.ready()
     if not args.quick:
@@ -84,7 +92,8 @@ def _measure(stage: Stage, args: argparse.Namespace) -> list[Section]:
         return [*sections, dbt_section(_dbt(stage, few, pairs=1, warm=False), limit=None)]
     sections.append(dbt_section(_dbt(stage, dbt_build.demo_project(stage), _PAIRS)))
     sections.append(dbt_section(_dbt(stage, dbt_build.generated_project(stage, _MODELS), _PAIRS)))
-    return sections
+    # Last, because this process imports Prefect for it, and what it starts begins with its size.
+    return sections if args.only == "dbt" else [*sections, *_latency(stage, quick=False)]
 
 
 def _cases(args: argparse.Namespace) -> tuple[Case, ...]:
@@ -116,6 +125,22 @@ def _watching(stage: Stage, *, quick: bool) -> Section:
     return watching_section(watched)
 
 
+def _latency(stage: Stage, *, quick: bool) -> list[Section]:
+    events, at_once = (3, 10) if quick else (_EVENTS, _AT_ONCE)
+    _tell("starting a Prefect server on PostgreSQL")
+    with latency.events(stage) as prepared:
+        bursts = []
+        for way in latency.WAYS:
+            _tell(f"{at_once} events at once, {way}")
+            bursts.append(latency.burst(prepared, way, at_once))
+        measured = []
+        for worker in (latency.COLD, latency.WARM):
+            for way in latency.WAYS:
+                _tell(f"{events} events, one at a time, {way}, {worker.name}")
+                measured.append(latency.measure(stage, prepared, worker, way, events))
+    return [latency_section(measured), burst_section(bursts)]
+
+
 def _dbt(stage: Stage, project: dbt_build.Project, pairs: int, *, warm: bool = True) -> dbt_build.DbtCost:
     _tell(f"dbt build of {project.name}, {pairs} x both ways")
     return dbt_build.measure(stage, project, pairs, warm=warm)
@@ -124,14 +149,14 @@ def _dbt(stage: Stage, project: dbt_build.Project, pairs: int, *, warm: bool = T
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
-        description="Measure watching, fan-out and dbt build against their ideals and the plain ways.",
+        description="Measure watching, fan-out, dbt build and events against ideals and the plain ways.",
         epilog="N, K and D are also read from the environment: make bench N=100 D=5.",
     )
     env = os.environ
     parser.add_argument("-n", type=int, default=env.get("N"), help="connections (default: 10, then 500)")
     parser.add_argument("-k", type=int, default=env.get("K"), help="how many at a time (default: all)")
     parser.add_argument("-d", type=float, default=env.get("D"), help="seconds per job (default: 10)")
-    parser.add_argument("--only", choices=("fan-out", "dbt", "watching", "backfill"), help=_ONLY)
+    parser.add_argument("--only", choices=("fan-out", "dbt", "watching", "latency", "backfill"), help=_ONLY)
     parser.add_argument("--no-plain", action="store_true", help="fan-out without the plain way beside it")
     parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, no more")
     parser.add_argument("--save", action="store_true", help="also write bench/results.md")

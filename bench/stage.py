@@ -51,7 +51,7 @@ class Stage:
 
     def __exit__(self, *_: object) -> None:
         if self._server is not None:
-            _stop(self._server)
+            stop(self._server)
 
     def ready(self) -> None:
         """Wait until the Prefect server answers."""
@@ -120,7 +120,7 @@ class Stage:
             with httpx.Client(base_url=url, timeout=60) as client:
                 yield SandboxControl(url, client)
         finally:
-            _stop(process)
+            stop(process)
 
     def _await_answer(
         self, url: str, process: subprocess.Popen[bytes] | None, name: str, patience: float
@@ -189,7 +189,7 @@ def _kind(method: str, path: str) -> str:
     return "get" if method == "GET" and rest.startswith("jobs/") else "other"
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
     """End a process that we started, and what it started."""
     if process.poll() is not None:
         return

@@ -15,9 +15,11 @@ import psutil  # type: ignore[import-untyped]
 from bench.backfill import BackfillCost
 from bench.dbt_build import DbtCost
 from bench.fan_out import FanOut
+from bench.latency import Burst, Latency
 from bench.watching import Watched
 
 DBT_RATIO = 1.3
+_WAYS = {"native": "Prefect's trigger", "ours": "hand_over"}
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,40 @@ def watching_section(watched: Sequence[Watched]) -> Section:
     ]
     title = f"Requests to watch {first.jobs:,} jobs of {first.seconds:g} s, with a look each second"
     return Section(title, rows, notes)
+
+
+def latency_section(measured: Sequence[Latency]) -> Section:
+    """How long it took from an accepted event to user code."""
+    rows = [
+        Row(f"{each.worker.name}, {_WAYS[each.way]}, {what}", value, " s", limit, digits=2)
+        for each in measured
+        for what, value, limit in (
+            ("median", each.median, each.worker.limit),
+            ("p99", each.p99, None),
+        )
+    ]
+    notes = [
+        f"{each.worker.name}, {_WAYS[each.way]}: looks for runs each {each.worker.query_seconds:g} s, "
+        f"{len(each.seconds)} events, "
+        f"{min(each.seconds):.2f} to {max(each.seconds):.2f} s, load {each.load:.1f}"
+        for each in measured
+    ]
+    return Section("Event accepted → user code running, on PostgreSQL", rows, notes)
+
+
+def burst_section(bursts: Sequence[Burst]) -> Section:
+    """What many events at once came to."""
+    rows = [
+        row
+        for each in bursts
+        for row in (
+            Row(f"{_WAYS[each.way]}: runs", each.runs.total(), "", each.events, digits=0),
+            Row(f"{_WAYS[each.way]}: until the events were accepted", each.accepted, " s"),
+            Row(f"{_WAYS[each.way]}: until every run was there", each.created, " s"),
+        )
+    ]
+    notes = [f"{_WAYS[b.way]}: {'one run per event' if b.exact else 'NOT one run per event'}" for b in bursts]
+    return Section(f"{bursts[0].events} events at once, on PostgreSQL", rows, notes)
 
 
 def machine() -> str:
