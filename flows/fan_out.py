@@ -28,6 +28,7 @@ from tasks.jobs import (
     Request,
     without_traceback,
 )
+from tasks.limits import check_limits
 from tasks.tools import TOOLS
 
 KNOWN_ERRORS = (InputError, VendorError, BlockNotFound, DbtError)
@@ -76,14 +77,18 @@ class Checking:
             tool: submit(TOOLS[tool].check, [requests[position] for position in positions])
             for tool, positions in self._of_tool.items()
         }
+        limits = {limit for request in requests if (limit := request.policy.concurrency_limit)}
+        self._limits = submit(check_limits, sorted(limits)) if limits else None
 
     def result(self, rule: AllowFailure) -> list[Checked[Any]]:
         """What was found, in the order of the parameters.
 
         Raises:
-            InputError: A job does not exist, or can't be started and the rule bears no failure. Nothing was
-                started.
+            InputError: A job does not exist, or can't be started and the rule bears no failure, or there is
+                no such concurrency limit. Nothing was started.
         """
+        if self._limits:
+            self._limits.result()
         found: list[tuple[int, Checked[Any]]] = []
         for tool, positions in self._of_tool.items():
             checked = self._futures[tool].result()

@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 
 @flow
 async def one_sync(
-    server: str, connection_id: str, before: Literal["clear", "reset"] | None = None
+    server: str,
+    connection_id: str,
+    before: Literal["clear", "reset"] | None = None,
+    limit: str | None = None,
 ) -> JobResult:
-    policy = JobPolicy(poll=0.1, timeout=60)
+    policy = JobPolicy(poll=0.1, timeout=60, concurrency_limit=limit)
     sync = AirbyteSync(server=server, connection_id=connection_id, before=before, policy=policy)
     return await airbyte_sync(sync)
 

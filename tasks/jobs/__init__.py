@@ -22,6 +22,7 @@ from tasks.jobs.model import (
 from tasks.jobs.outcome import cancel_job, result_of
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
+from tasks.jobs.slots import check_limit
 from tasks.jobs.sweep import Sweep
 from tasks.jobs.tags import tag_run
 from tasks.jobs.tool import Checked, Parameters, Request, Tool, ToolParameters, refuse_twice
@@ -60,6 +61,7 @@ __all__ = [
     "ToolParameters",
     "at_loop_exit",
     "cancel_job",
+    "check_limit",
     "current_interrupt",
     "limit_concurrency",
     "read_entries",

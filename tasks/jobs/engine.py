@@ -34,6 +34,7 @@ from tasks.jobs.model import (
 from tasks.jobs.outcome import accept, cancel_job, final_status, judge, result_of
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import current_interrupt
+from tasks.jobs.slots import NoSlot, Slot
 from tasks.jobs.watcher import JobWatcher, Log, watcher_for
 
 # The Date header, by which the vendor's clock is known, counts whole seconds; so may its job's times.
@@ -129,6 +130,7 @@ class _Run(Generic[R]):
         self.journal = journal
         self.log = log
         self.watcher = watcher
+        self.slot = Slot(policy.concurrency_limit, log)
         self.deadline = self.patience = time.monotonic() + policy.timeout
         self.attached = False
         # What a cancellation has to clear up after:
@@ -159,6 +161,11 @@ class _Run(Generic[R]):
             with anyio.CancelScope(shield=True):
                 await self._interrupted()
             raise
+        finally:
+            with anyio.CancelScope(shield=True):
+                # A job that goes on without us keeps its slot for the attempt that attaches to it.
+                goes_on = self.entry.open and (self.entry.handle is not None or self.maybe_started)
+                await (self.slot.leave() if goes_on else self.slot.release())
 
     # -- attaching and starting ---------------------------------------------------------------------------
 
@@ -176,6 +183,7 @@ class _Run(Generic[R]):
                 return None
             await self._started(handle)
         self.attached = True
+        await self.slot.go_on(earlier.lease)
         # However late it is: one look at least, for it may well have ended in the meantime.
         left = self.policy.timeout - _age(self.vendor, handle)
         self.deadline = time.monotonic() + max(_LAST_LOOK, left)
@@ -183,6 +191,7 @@ class _Run(Generic[R]):
         return handle
 
     async def _start(self, earlier: Entry | None) -> JobHandle | JobResult:
+        await self._take_slot(earlier)
         known = await self.journal.job_ids(self.vendor.name, self.request.resource_id)
         self.entry = self.entry.model_copy(
             update={
@@ -193,6 +202,7 @@ class _Run(Generic[R]):
                 "repeat": earlier is not None and (earlier.repeat or earlier.handle is not None),
                 "handle": None,
                 "result": None,
+                "lease": self.slot.lease,
             }
         )
         self.intent = True
@@ -208,6 +218,15 @@ class _Run(Generic[R]):
             self.deadline = time.monotonic() + self.policy.timeout
             await self._started(begun)
         return begun
+
+    async def _take_slot(self, earlier: Entry | None) -> None:
+        if self.policy.concurrency_limit is None or self.slot.lease is not None:
+            return
+        try:
+            await self.slot.take(self.policy.timeout, earlier.lease if earlier and earlier.open else None)
+        except NoSlot as error:
+            raise JobTimeout(self._result(JobState.FAILED, message=f"{error}; it was not started")) from None
+        self.deadline = self.patience = time.monotonic() + self.policy.timeout  # only now is it its turn
 
     async def _start_or_find(self) -> JobHandle | JobResult:
         """Start the job; look for it first wherever a start may have had an effect already."""
@@ -447,6 +466,8 @@ class _Run(Generic[R]):
 
     async def _record(self) -> None:
         """Write what has happened. The intent is written by now, so a failure loses time, not truth."""
+        if self.slot.lease is not None:
+            self.entry = self.entry.model_copy(update={"lease": self.slot.lease})
         try:
             await self.journal.record(self.entry)
         except Exception as error:  # noqa: BLE001 - the job is real whether or not we can write it down

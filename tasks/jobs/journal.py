@@ -58,6 +58,7 @@ class Entry(Intent):
     block: str | None = Field(default=None, description="Saved block with which a hook can reach the vendor.")
     handle: JobHandle | None = None
     result: JobResult | None = None
+    lease: UUID | None = Field(default=None, description="Its slot of a concurrency limit: see slots.py.")
     updated: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
     @property

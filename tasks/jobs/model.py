@@ -77,6 +77,12 @@ class JobPolicy(BaseModel):
         ge=0,
         description="More rejected rows than this are a failure, whatever `on_partial` says.",
     )
+    concurrency_limit: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Name of a Prefect global concurrency limit: a job of ours starts only with one of its "
+        "slots, over all flow runs and machines. For an account that bears only so many jobs at a time.",
+    )
 
     @model_validator(mode="after")
     def _cap_not_below_poll(self) -> JobPolicy:
