@@ -10,6 +10,8 @@
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
 #   make automations [ARGS=--check]       deployments/automations.yaml onto the server of PREFECT_API_URL
+#   make deploy [ENV=dev | BRANCH=x]     all deployments on the server of PREFECT_API_URL; ARGS=--check
+#   make undeploy BRANCH=x                takes a branch's deployments down again
 #   make docs                             the dbt project's own site
 #   make lint types check bench
 
@@ -19,7 +21,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
 
-.PHONY: setup demo ui server receiver listen warm-worker test lint types check check-dbt docs pipelines automations bench clean
+.PHONY: setup demo ui server receiver listen warm-worker test lint types check check-dbt docs pipelines \
+  automations deploy undeploy bench clean
 
 setup: $(READY)
 
@@ -73,6 +76,12 @@ pipelines: $(READY)
 
 automations: $(READY)
 	@$(BIN)/python -m deployments.automations $(ARGS)
+
+deploy: $(READY)
+	@$(BIN)/python -m deployments.deploy $(if $(ENV),--env $(ENV)) $(if $(BRANCH),--branch $(BRANCH)) $(ARGS)
+
+undeploy: $(READY)
+	@$(BIN)/python -m deployments.deploy --undeploy $(if $(BRANCH),--branch $(BRANCH)) $(ARGS)
 
 # With the columns of the demo's warehouse, once there is one.
 docs: $(READY)

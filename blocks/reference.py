@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -15,6 +16,17 @@ BlockT = TypeVar("BlockT", bound=Block)
 _loading: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[type[Block], str], asyncio.Task[Any]]] = (
     WeakKeyDictionary()
 )
+
+
+@dataclass(frozen=True)
+class NamesBlock:
+    """Says of a parameter that it names a saved block, where its type does not say of which kind.
+
+    Attributes:
+        slug: Of the block's type.
+    """
+
+    slug: str
 
 
 class BlockNotFound(ValueError):

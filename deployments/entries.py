@@ -15,6 +15,11 @@ from deployments.environments import DeployError, Environment, load_yaml, parse
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("prefect.yaml", "pipelines.yaml"))
 
+TRIGGER_MARK = (
+    "Made by `make deploy`. Switched off here it stays off; any other change belongs into its file."
+)
+"""How the description of an automation ends that `make deploy` has made of a deployment's trigger."""
+
 
 class _Strict(BaseModel):
     # `prefect deploy` passes over a key that it doesn't know, such as a misspelt one.
@@ -113,7 +118,7 @@ class Entry(_Strict):
                 "tags": [*self.tags, environment.tag],
                 "work_pool": self.work_pool.model_copy(update={"name": pool, "job_variables": variables}),
                 "parameters": {**self.parameters, **replaced},
-                "triggers": [_renamed(trigger, environment) for trigger in self.triggers],
+                "triggers": [_marked(_renamed(trigger, environment)) for trigger in self.triggers],
                 "once_triggers": [_renamed(t, environment) for t in self.once_triggers]
                 if environment.triggers
                 else [],
@@ -143,6 +148,12 @@ def _of_environment(spec: dict[str, Any], environment: Environment) -> dict[str,
         return spec
     here = [environment.deployment_name(name) for name in ([names] if isinstance(names, str) else names)]
     return {**spec, "prefect.resource.name": here[0] if isinstance(names, str) else here}
+
+
+def _marked(trigger: dict[str, Any]) -> dict[str, Any]:
+    """With our mark in what the UI shows of it: a server does not tell whose an automation is."""
+    own = trigger.get("description")
+    return {**trigger, "description": f"{own}\n\n{TRIGGER_MARK}" if own else TRIGGER_MARK}
 
 
 class PrefectFile(_Strict):

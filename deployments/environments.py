@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -42,6 +42,7 @@ class Settings(_Strict):
     work_pool: str | None = None
     blocks: dict[str, str] = {}
     parameters: dict[str, Any] = {}
+    without: list[str] = []
 
 
 class NamedSettings(Settings):
@@ -83,12 +84,33 @@ class Environment(Settings):
         return f"{flow}{slash}{self.prefix}{own}"
 
 
+class WorkPoolSettings(_Strict):
+    """A work pool: its worker's own template, ours of its type over it, and these values over both.
+
+    Attributes:
+        type: What kind of worker it is for.
+        description: What it is for.
+        variables: Defaults of job variables, such as the image.
+    """
+
+    type: Literal["process", "docker", "kubernetes", "ecs"]
+    description: str | None = None
+    variables: dict[str, Any] = {}
+
+
 class Environments(_Strict):
-    """All of environments.yaml."""
+    """All of environments.yaml.
+
+    Attributes:
+        concurrency_limits: How many of a vendor's jobs may run at a time over all flow runs and machines, by
+            the name that the policies of its jobs give as their `concurrency_limit`.
+    """
 
     default: str
     environments: dict[str, NamedSettings]
     branches: Settings = Settings(schedules=False, triggers=False)
+    work_pools: dict[str, WorkPoolSettings] = {}
+    concurrency_limits: dict[str, Annotated[int, Field(ge=1)]] = {}
 
     @model_validator(mode="after")
     def _sound(self) -> Environments:
@@ -110,6 +132,16 @@ class Environments(_Strict):
             known = ", ".join(self.environments)
             raise DeployError(f"there is no environment {name!r}; environments.yaml has {known}")
         return Environment(name=name, **dict(self.environments[name]))
+
+    def pick(self, name: str | None = None, branch: str | None = None) -> Environment:
+        """The environment of this name, of this branch, or the default.
+
+        Raises:
+            DeployError: There is none such.
+        """
+        if name and branch:
+            raise DeployError("an environment and a branch are two things: name one")
+        return self.of_branch(branch) if branch else self.named(name)
 
     def of_branch(self, branch: str) -> Environment:
         """The environment of a branch.
@@ -157,10 +189,7 @@ def environment(name: str | None = None, branch: str | None = None, file: Path =
     Raises:
         DeployError: There is none such, or the file is wrong.
     """
-    environments = read_environments(file)
-    if name and branch:
-        raise DeployError("an environment and a branch are two things: name one")
-    return environments.of_branch(branch) if branch else environments.named(name)
+    return read_environments(file).pick(name, branch)
 
 
 def load_yaml(file: Path) -> Any:

@@ -35,8 +35,7 @@ from tasks.tools import TOOLS
 _HEADER = """\
 # Written by `make pipelines` from the dbt project's manifest and deployments/prefect.yaml. Do not edit:
 # change the exposure's meta or the tag's entry in dbt_project.yml, and write it anew.
-#
-#   prefect --no-prompt deploy --all --prefect-file deployments/pipelines.yaml
+# `make deploy` puts them on a server, with those of prefect.yaml.
 
 """
 

@@ -114,15 +114,13 @@ class _Worker:
 
     def __enter__(self) -> Self:
         sources = [word for source in save_sources(self._stage.sandbox_url) for word in ("--source", source)]
-        prefect = [sys.executable, "-m", "prefect"]
-        pool = ["work-pool", "create", "elt", "--type", "process", "--overwrite"]
-        deploy = ["--no-prompt", "deploy", "--all", "--prefect-file", "deployments/prefect.yaml"]
+        python = [sys.executable, "-m"]
         with self._log.open("ab") as output:
-            for command in (pool, deploy):
-                subprocess.run([*prefect, *command], cwd=_ROOT, stdout=output, stderr=output, check=True)  # noqa: S603
+            deploy = [*python, "deployments.deploy"]
+            subprocess.run(deploy, cwd=_ROOT, stdout=output, stderr=output, check=True)  # noqa: S603
             for command in (
-                [*prefect, "worker", "start", "--pool", "elt", "--type", "process"],
-                [sys.executable, "-m", "deployments.receiver", "--port", str(self._port), *sources],
+                [*python, "prefect", "worker", "start", "--pool", "elt", "--type", "process"],
+                [*python, "deployments.receiver", "--port", str(self._port), *sources],
             ):
                 self._processes.append(
                     subprocess.Popen(  # noqa: S603

@@ -15,7 +15,6 @@ from zoneinfo import ZoneInfo
 import duckdb
 import httpx
 import pytest
-from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
@@ -23,9 +22,11 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling, Scheduled
-from prefect.utilities.importtools import import_object
 from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
 
+from deployments.checks import problems_of
+from deployments.entries import Entry, read_entries
+from deployments.environments import environment
 from deployments.steps import change_to_repository
 from flows import elt_chain, sync_connections
 from sandbox import Sandbox, catalog
@@ -95,12 +96,22 @@ def worker(deployed: Runs, stage: Stage, tmp_path_factory: pytest.TempPathFactor
 # -- what the file says -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", specs())
-def test_entrypoint_is_a_flow_that_takes_the_parameters(name: str) -> None:
-    """Every entrypoint imports, which `prefect deploy` does not see to, and its flow takes the parameters."""
-    found = import_object(specs()[name]["entrypoint"])
-    assert isinstance(found, Flow)
-    found.validate_parameters({**_BY_AUTOMATIONS.get(name, {}), **specs()[name]["parameters"]})
+@pytest.mark.parametrize("place", ["prod", "dev", "a branch"])
+@pytest.mark.parametrize("entry", read_entries(), ids=lambda entry: entry.name)
+def test_nothing_is_wrong_with(entry: Entry, place: str) -> None:
+    """Entrypoint, parameters, schedules, triggers on example events and pull steps, in each environment."""
+    here = environment(branch="my-feature") if place == "a branch" else environment(place)
+    there = [entry.within(here)] if entry.name not in here.without else []
+    assert problems_of([entry]) + problems_of(there) == []
+    entry.flow.validate_parameters({**_BY_AUTOMATIONS.get(entry.name, {}), **entry.parameters})
+
+
+@pytest.mark.parametrize("entry", read_entries(), ids=lambda entry: entry.name)
+def test_a_reader_understands(entry: Entry) -> None:
+    """Every deployment says what it does, whose it is, and in which time zone its clock is."""
+    assert entry.description
+    assert entry.owner
+    assert all(schedule.timezone for schedule in entry.schedules if schedule.cron)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.entries import Entry, read_entries
+from deployments.entries import TRIGGER_MARK, Entry, read_entries
 from deployments.environments import (
     DeployError,
     Environments,
@@ -45,7 +45,10 @@ def test_the_default_is_the_file_as_it_is() -> None:
     before = entry()
     after = before.within(prod)
     assert after.tags == [*before.tags, "env:prod"]
-    assert after.model_dump(exclude={"tags"}) == before.model_dump(exclude={"tags"})
+    same = {"tags", "triggers"}
+    assert after.model_dump(exclude=same) == before.model_dump(exclude=same)
+    (trigger,) = after.triggers
+    assert trigger == {**before.triggers[0], "description": TRIGGER_MARK}
 
 
 def test_what_an_environment_changes() -> None:
