@@ -31,9 +31,9 @@ CASES = (
     Case(10, 10, 10.0, wall=11.5),
     Case(500, 500, 10.0, wall=14.0, requests=700, rss=250.0),
 )
-_MODELS = 100
+_MODELS = 300
 _ONLY = "leave the others out; backfill is measured only if it is asked for"
-_PAIRS = 3
+_PAIRS = 4
 _EVENTS = 30
 _AT_ONCE = 100
 
@@ -88,10 +88,13 @@ def _measure(stage: Stage, args: argparse.Namespace) -> list[Section]:
     if args.only == "fan-out":
         return sections
     if args.quick:
-        few = dbt_build.generated_project(stage, models=5)
-        return [*sections, dbt_section(_dbt(stage, few, pairs=1, warm=False), limit=None)]
-    sections.append(dbt_section(_dbt(stage, dbt_build.demo_project(stage), _PAIRS)))
-    sections.append(dbt_section(_dbt(stage, dbt_build.generated_project(stage, _MODELS), _PAIRS)))
+        with dbt_build.generated_project(stage, models=5) as few:
+            return [*sections, dbt_section(_dbt(stage, few, pairs=1, warm=False), limit=None)]
+    if args.models is None:
+        sections.append(dbt_section(_dbt(stage, dbt_build.demo_project(stage), args.pairs)))
+    for adapter in ("duckdb", "postgres") if args.adapter is None else (args.adapter,):
+        with dbt_build.generated_project(stage, args.models or _MODELS, adapter) as generated:
+            sections.append(dbt_section(_dbt(stage, generated, args.pairs)))
     # Last, because this process imports Prefect for it, and what it starts begins with its size.
     return sections if args.only == "dbt" else [*sections, *_latency(stage, quick=False)]
 
@@ -157,6 +160,17 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("-k", type=int, default=env.get("K"), help="how many at a time (default: all)")
     parser.add_argument("-d", type=float, default=env.get("D"), help="seconds per job (default: 10)")
     parser.add_argument("--only", choices=("fan-out", "dbt", "watching", "latency", "backfill"), help=_ONLY)
+    parser.add_argument(
+        "--models",
+        type=int,
+        help=f"of the generated dbt project, without the demo's (default: {_MODELS})",
+    )
+    parser.add_argument(
+        "--adapter", choices=("duckdb", "postgres"), help="of the generated dbt project (default: both)"
+    )
+    parser.add_argument(
+        "--pairs", type=int, default=_PAIRS, help=f"of dbt builds, ours and plain (default: {_PAIRS})"
+    )
     parser.add_argument("--no-plain", action="store_true", help="fan-out without the plain way beside it")
     parser.add_argument("--quick", action="store_true", help="small sizes: proves that it runs, no more")
     parser.add_argument("--save", action="store_true", help="also write bench/results.md")
@@ -164,8 +178,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--api-url", help="a standing Prefect server to measure against; by default one is started, on SQLite"
     )
     args = parser.parse_args(argv)
-    if any(value is not None and value <= 0 for value in (args.n, args.k, args.d)):
-        parser.error("N, K and D must be greater than 0")
+    if any(value is not None and value <= 0 for value in (args.n, args.k, args.d, args.models, args.pairs)):
+        parser.error("Every number must be greater than 0")
     return args
 
 

@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, Literal
 
 import httpx
 
 from bench.measured import Measured, run_measured
 from bench.stage import ROOT, BenchError, Stage
+from deployments.server import Postgres
 
 _THREADS = 8
-_LAYERS = 10
-_PATIENCE = 300.0  # seconds for one dbt build
-_SHOWN_WITHIN = 20.0  # seconds until the server must show the task runs of a build
+_WIDTH = 8  # models of a generated project that can be built at the same time
+_PATIENCE = 600.0  # seconds for one dbt build
+_SHOWN_WITHIN = 60.0  # seconds until the server must show the task runs of a build
+
+Adapter = Literal["duckdb", "postgres"]
+_OUTPUTS: dict[Adapter, dict[str, Any]] = {
+    "duckdb": {"type": "duckdb", "path": "{{ env_var('ELT_WAREHOUSE') }}"},
+    "postgres": {
+        "type": "postgres",
+        "host": "{{ env_var('ELT_WAREHOUSE') }}",
+        "port": 5432,
+        "user": "postgres",
+        "password": "",
+        "dbname": "postgres",
+        "schema": "generated",
+    },
+}
 
 
 @dataclass(frozen=True)
 class Project:
-    """A dbt project in a folder of its own."""
+    """A dbt project in a folder of its own.
+
+    Attributes:
+        warehouse: The DuckDB file, or the folder with PostgreSQL's socket.
+    """
 
     name: str
     folder: Path
@@ -71,27 +94,41 @@ def demo_project(stage: Stage) -> Project:
     return Project("the demo's project", folder, warehouse)
 
 
-def generated_project(stage: Stage, models: int) -> Project:
-    """Trivial views in ten layers, so that dbt's own work and ours are all there is."""
-    folder = stage.folder / f"generated-{models}"
+@contextmanager
+def generated_project(stage: Stage, models: int, adapter: Adapter = "duckdb") -> Iterator[Project]:
+    """Tables of one row, eight beside each other, so that dbt's own work and ours are all there is.
+
+    Args:
+        stage: Where it is put.
+        models: How many.
+        adapter: On what. PostgreSQL comes from a wheel, and runs as long as this is open.
+    """
+    folder = stage.folder / f"generated-{models}-{adapter}"
     (folder / "models").mkdir(parents=True)
-    (folder / "dbt_project.yml").write_text(
-        "name: generated\nprofile: generated\nflags: {send_anonymous_usage_stats: false}\n"
-    )
-    (folder / "profiles.yml").write_text(
-        "generated:\n  target: dev\n  outputs:\n    dev:\n      type: duckdb\n"
-        f"      path: \"{{{{ env_var('ELT_WAREHOUSE') }}}}\"\n      threads: {_THREADS}\n"
-    )
-    width = -(-models // _LAYERS)
+    output = {**_OUTPUTS[adapter], "threads": _THREADS}
+    settings = {"name": "generated", "profile": "generated", "flags": {"send_anonymous_usage_stats": False}}
+    settings["models"] = {"generated": {"+materialized": "table"}}
+    (folder / "dbt_project.yml").write_text(json.dumps(settings))
+    profile = {"generated": {"target": "dev", "outputs": {"dev": output}}}
+    (folder / "profiles.yml").write_text(json.dumps(profile))
     for number in range(models):
-        source = f"{{{{ ref('model_{number - width:03d}') }}}}" if number >= width else "(select 1 as id)"
+        above = f"{{{{ ref('model_{number - _WIDTH:03d}') }}}}"
+        source = above if number >= _WIDTH else "(select 1 as id) as one"
         sql = f"select id + 1 as id from {source}\n"  # noqa: S608 - a generated model, not a query of ours
         (folder / "models" / f"model_{number:03d}.sql").write_text(sql)
-    return Project(f"{models} trivial models", folder, stage.folder / f"generated-{models}.duckdb")
+    name = f"{models} trivial models on {adapter}"
+    if adapter == "duckdb":
+        yield Project(name, folder, stage.folder / f"{folder.name}.duckdb")
+        return
+    # Started by root, the server runs as another user, who may not enter the bench's own folder.
+    with TemporaryDirectory(prefix="elt-flows-bench-pg-") as place:
+        Path(place).chmod(0o755)
+        with Postgres(Path(place) / "postgres", durable=False) as running:
+            yield Project(name, folder, running.socket_folder)
 
 
 def measure(stage: Stage, project: Project, pairs: int, *, warm: bool = True) -> DbtCost:
-    """Build the project by turns both ways, from the same warm partial parse.
+    """Build the project by turns both ways, each first as often as second, from the same warm partial parse.
 
     Args:
         stage: Where it runs.
@@ -106,13 +143,17 @@ def measure(stage: Stage, project: Project, pairs: int, *, warm: bool = True) ->
         _plain(stage, project)  # parses, and builds what is incremental
     ours: list[float] = []
     plain: list[float] = []
-    for _ in range(pairs):
+    for pair in range(pairs):
         stage.settle()
+        if pair % 2:
+            plain.append(_plain(stage, project))
+            stage.settle()
         measured = _ours(stage, project)
         ours.append(measured.wall)
         _await_shown(stage, measured.told["flow_run_id"], measured.told["nodes"])
-        stage.settle()
-        plain.append(_plain(stage, project))
+        if not pair % 2:
+            stage.settle()
+            plain.append(_plain(stage, project))
     return DbtCost(project.name, measured.told["nodes"], ours, plain, measured)
 
 

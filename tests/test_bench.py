@@ -47,7 +47,7 @@ def test_bench_runs_both_ways_and_leaves_nothing_behind(prefect_server: str, tmp
     assert "5 syncs of 1 s, 5 at a time, ideal 1 s" in ended.stdout
     assert "plain:    1 token, 5 start, 0 list" in ended.stdout
     assert "Requests to watch 20 jobs of 2 s, with a look each second" in ended.stdout
-    assert "dbt build of 5 trivial models, each of 5 nodes a task run" in ended.stdout
+    assert "dbt build of 5 trivial models on duckdb, each of 5 nodes a task run" in ended.stdout
     assert not list(tmp_path.iterdir())
 
 
