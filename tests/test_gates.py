@@ -188,8 +188,17 @@ def test_what_did_not_land_is_not_told_twice() -> None:
 
 @pytest.mark.timeout(240)  # seven starts of dbt
 def test_a_source_that_is_too_old(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
-    """A source past its error threshold holds back what is built on it, though its sync went well."""
-    parameters = _chain(box, tmp_path / "dbt", gates=[{"tool": "freshness"}], allow_failure="none")
+    """A source past its error threshold holds back what is built on it, though its sync went well.
+
+    It is an alert at PagerDuty under a key without the run in it, which the next good run resolves.
+    """
+    parameters = _chain(
+        box,
+        tmp_path / "dbt",
+        gates=[{"tool": "freshness"}],
+        allow_failure="none",
+        notify=[{"tool": "pagerduty", "routing": "data-platform"}],
+    )
     schema = tmp_path / "dbt" / "models" / "schema.yml"
     text = schema.read_text()
     freshness = (
@@ -209,11 +218,16 @@ def test_a_source_that_is_too_old(box: Sandbox, runs: Runs, tmp_path: Path) -> N
     assert {node.name for node in report.nodes if node.resource_type == "model"} == {"carriers"}
     assert report.held_nodes == {"places": "airports.airports did not pass the gate"}
     assert [step.state for step in report.of("activation")] == [StepState.SUCCEEDED, StepState.HELD]
+    (alert,) = box.pagerduty.open_of()
+    assert alert.dedup_key == f"elt-chain/{gate.key}"
+    assert "fails after 24 h" in alert.summary
 
     schema.write_text(text.replace(airports, f"{airports}, config: {{{new}}}"))
     again = runs.run(elt_chain, runs.create(elt_chain, parameters)).result()
     assert again.complete
     assert gate.key in again.passed
+    assert box.pagerduty.open_of() == []
+    assert [event["event_action"] for event in alert.events] == ["trigger", "resolve"]
 
 
 def test_a_gate_about_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
