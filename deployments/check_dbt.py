@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import click
 import yaml
 from dbt.cli.main import dbtRunner
 from pydantic import TypeAdapter, ValidationError
@@ -89,9 +90,9 @@ class DbtProject:
             capture_output=True,
             text=True,
             check=False,
-            env={**os.environ, "NO_COLOR": "1"},
         )
-        lines = done.stdout.strip().splitlines() or done.stderr.strip().splitlines()
+        # Its `plain` has escape codes in it, also where it is not written to a terminal.
+        lines = click.unstyle(done.stdout.strip() or done.stderr.strip()).splitlines()
         if done.returncode:
             raise Failed("\n".join(lines))
         return lines[-1] if lines else "passed"

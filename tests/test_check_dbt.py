@@ -33,6 +33,7 @@ def test_the_stage_passes() -> None:
         "✓ exposures",
         "✓ ids",
     ]
+    assert "\x1b" not in done.stdout
 
 
 def test_every_mistake_is_named(tmp_path: Path) -> None:
