@@ -94,7 +94,7 @@ def build_project(
 @flow(name="dbt-smoke", task_runner=EventLoopTaskRunner(), on_crashed=[tell_of_end], on_failure=[tell_of_end])
 def smoke_test(
     dbt: DbtCore,
-    selector: str = "smoke",
+    selector: str | None = "smoke",
     retries: Retries = 2,
     retry_delay: Delay = 60.0,
     notify: NotifyList = [],  # noqa: B006 - as above
@@ -105,7 +105,8 @@ def smoke_test(
 
     Args:
         dbt: The project.
-        selector: Name of the selector in selectors.yml.
+        selector: Name of the selector in selectors.yml. None: what `dbt` itself selects, for a project that
+            has no selectors.
         retries: How often what failed is tried again within the run. Takes the place of `dbt.retries`.
         retry_delay: Seconds to wait before each of these retries. Takes the place of `dbt.retry_delay`.
         notify: Who is told of what fails and of its recovery.
@@ -118,8 +119,11 @@ def smoke_test(
         DbtError, BlockNotFound: dbt could not run, or there is no such selector.
     """
     job = StandingJob(dbt, notify, retries, retry_delay)
-    chosen = job.like(selector=selector)
+    own = dbt.model_dump(include={"select", "exclude", "selector"})
+    chosen = job.like(selector=selector) if selector else job.like(**own)
     try:
+        if not (chosen.select or chosen.selector):
+            raise DbtInputError("Nothing says what a smoke test is: name a selector, or `select` in `dbt`.")
         lineage = job.plan(chosen).lineage
     except KNOWN_ERRORS as error:
         return job.refuse(error)  # type: ignore[no-any-return]
@@ -128,7 +132,8 @@ def smoke_test(
     elif job.build(job.like(command="seed")) is None:
         return job.ended("SeedFailed", "the seeds failed")  # type: ignore[no-any-return]
     job.build(chosen)
-    return job.ended("SmokeFailed", f"the selector {selector} failed", all_results=True)  # type: ignore[no-any-return]
+    what = f"the selector {selector} failed" if selector else "what is selected failed"
+    return job.ended("SmokeFailed", what, all_results=True)  # type: ignore[no-any-return]
 
 
 @flow(

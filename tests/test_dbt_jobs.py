@@ -158,6 +158,15 @@ class TestSmoke:
         assert "smoke" in (state.message or "")
         assert isinstance(told(state), DbtInputError)
 
+    def test_without_a_selector_it_builds_what_dbt_selects(self, shop: Project) -> None:
+        """For a project that has no selectors; with neither, it is not said what the test is."""
+        state, _ = run(smoke_test, dbt=shop.core(select=["colour_names"]), selector=None)
+        assert state.name == "Completed", state.message
+        seeds, smoke = told(state)
+        assert (names(seeds), names(smoke)) == ({"colours"}, {"colour_names"})
+        state, _ = run(smoke_test, dbt=shop.core(), selector=None)
+        assert state.message == "Nothing says what a smoke test is: name a selector, or `select` in `dbt`."
+
 
 class TestFullRefresh:
     def test_it_rebuilds_the_chosen_model_and_says_so(
