@@ -9,17 +9,19 @@ from typing import Any
 from prefect import Flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun, State
+from prefect.context import FlowRunContext
 from prefect.exceptions import ObjectNotFound
 from prefect.futures import PrefectFuture
-from prefect.logging.loggers import flow_run_logger
+from prefect.logging.loggers import flow_run_logger, get_run_logger
 from prefect.runtime import deployment, flow_run
 from prefect.utilities.urls import url_for
 from pydantic import TypeAdapter, ValidationError
 
 from flows.fan_out import submit
 from flows.parameters import Notify, NotifyList
-from flows.report import EltReport, Report, Step, node_key
+from flows.report import EltReport, Report, Step, StepState, node_key
 from tasks.alerts import Log, announce, notify_check, tell
+from tasks.approval import Question
 from tasks.dbt.model import DbtNode, DbtState
 from tasks.incidents import OF_RUNS, RUN, Alarm, Bulletin, Level
 from tasks.jobs import read_entries
@@ -206,6 +208,36 @@ def _owner(tags: Iterable[str]) -> str | None:
     return next((tag.removeprefix("owner:") for tag in tags if tag.startswith("owner:")), None)
 
 
+async def tell_waiting(notify: Sequence[Notify], question: Question) -> None:
+    """Tell that the running flow waits for an approval; never raises.
+
+    Args:
+        notify: Who is told.
+        question: What is asked.
+    """
+    context = FlowRunContext.get()
+    if context is None or context.flow is None or context.flow_run is None or not notify:
+        return
+    run = context.flow_run
+    alarm = Alarm(
+        key=_wait_key(question.what),
+        title=f"approval of {question.what}",
+        what="is waited for",
+        level="waiting",
+        reason=f"without an answer until {question.until} it is rejected;",
+        tool="prefect",
+        url=_url(run),
+        link="answer here",
+    )
+    told = (await _about(run, context.flow.name)).model_copy(update={"alarms": [alarm]})
+    log = get_run_logger(context)
+    await asyncio.gather(*(announce(one, told, log) for one in notify))
+
+
+def _wait_key(what: str) -> str:
+    return f"prefect/{what}/wait"
+
+
 def died(
     what: str, reason: str, *, key: str = RUN, level: Level = "refused", owner: str | None = None
 ) -> Alarm:
@@ -235,7 +267,7 @@ def bulletin(
         deployment: The deployment that it is a run of.
         tags: The run's tags. Failures of nobody's belong to whom the tag `owner:<name>` names.
     """
-    level: Level = "failed" if report.ending == "Failed" else "partial"
+    level: Level = "failed" if report.ending in ("Failed", "Rejected") else "partial"
     nodes = report.nodes if isinstance(report, EltReport) else []
     alarms: list[Alarm] = []
     fine = list(OF_RUNS)
@@ -246,6 +278,8 @@ def bulletin(
         alarms += [_node_alarm(node, step, level) for node in of_nodes]
         if step.good or of_nodes:  # dbt did run, whatever it found
             fine.append(step.key)
+        if step.kind == "approval":  # it is no longer waited for, whatever the answer
+            fine.append(_wait_key(step.resource_id))
     fine += [node_key(node.unique_id) for node in nodes if node.state in _WELL]
     if isinstance(report, EltReport):
         fine += report.passed
@@ -268,11 +302,12 @@ def bulletin(
 
 def _alarm(step: Step, level: Level) -> Alarm:
     what = {"transform": "build", "before": "step", "after": "step"}.get(step.kind, step.kind)
+    answered = step.kind == "approval" and step.state is StepState.CANCELLED
     return Alarm(
         key=step.key,
         title=f"{step.tool} {step.name}" if step.kind in ("sync", "activation") else step.name,
-        what=f"{what} {step.state.value.lower()}",
-        level=level,
+        what="was not given" if step.kind == "approval" else f"{what} {step.state.value.lower()}",
+        level="partial" if answered else level,  # somebody knows of it: who has rejected it
         reason=step.message or "",
         tool=step.tool,
         owner=step.owner,

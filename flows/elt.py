@@ -15,6 +15,7 @@ from prefect.logging import get_run_logger
 from pydantic import Field
 
 from flows.alerts import Telling, tell_of_end
+from flows.approval import Approval, Asking
 from flows.fan_out import (
     KNOWN_ERRORS,
     Checking,
@@ -33,7 +34,8 @@ from flows.gates import check_gate_names, look_at_gates
 from flows.intervals import IntervalOfRun, given, interval_of_run
 from flows.own_steps import run_after, run_before
 from flows.parameters import Activation, GateCheck, NotifyList, OwnStep, Sync, Transform
-from flows.picture import picture
+from flows.picture import coloured, picture
+from flows.progress import Progress
 from flows.report import EltReport, Step, StepState
 from flows.rules import AllowFailure, check_rule
 from tasks.cancellation import cancel_open_jobs
@@ -62,6 +64,7 @@ def elt_chain(
     after: Sequence[OwnStep] = (),
     data_interval: IntervalOfRun = "none",
     max_concurrency: Annotated[int, Field(ge=1)] = 100,
+    approval: Approval | None = None,
 ) -> EltReport:
     """Sync, transform, activate and tell, with failure following lineage.
 
@@ -83,28 +86,33 @@ def elt_chain(
         data_interval: Which part of the data the run is about, for the transform and the steps of your own:
             `schedule`, or a start and an end.
         max_concurrency: How many tasks may run at the same time.
+        approval: Whether a person has to approve the load, the activations or both. On a worker the run is
+            suspended meanwhile.
 
     Returns:
-        Every step with its outcome. The run is Completed if everything was done, and PartiallyRefreshed (a
-        Completed state) if the rule bears what was not.
+        Every step with its outcome. The run is Completed if everything was done, PartiallyRefreshed (a
+        Completed state) if the rule bears what was not, and Rejected (a Failed state) if a person has not
+        approved, or nobody in time.
 
     Raises:
-        RunFailed: Something failed that the rule does not bear; `.report` has every outcome.
+        RunFailed: Something failed that the rule does not bear, or was rejected; `.report` has every outcome.
         InputError, BlockNotFound, DbtError, VendorError: What was asked for can't be run, and nothing was
             started.
     """
     limit_concurrency(max_concurrency)
     began = datetime.now(UTC)
-    telling = Telling(notify)
+    telling, asking = Telling(notify), Asking(approval, notify)
+    progress = asking.progress()
     try:
-        # All at the same time; whichever finds something, nothing has been started yet.
+        # All at the same time; whichever finds something, nothing has been started yet. A run that goes on
+        # after its approval has its syncs and its build behind it.
         refuse_no_syncs(syncs)
         interval = interval_of_run(data_interval)
         transform = given(transform, interval) if transform else None
-        checking, checking_activations = Checking(syncs), Checking(activations)
-        planning = submit(TRANSFORMS[transform.tool].plan, transform) if transform else None
+        checking, checking_activations = Checking(() if progress else syncs), Checking(activations)
+        planning = submit(TRANSFORMS[transform.tool].plan, transform) if transform and not progress else None
         own_steps = submit(check_steps, [*before, *after], interval) if before or after else None
-        looking_at_gates = submit(check_gates, list(gates)) if gates else None
+        looking_at_gates = submit(check_gates, list(gates)) if gates and not progress else None
         checked = checking.result(allow_failure)
         plan = planning.result() if planning else None
         checked_activations = checking_activations.result(allow_failure)
@@ -113,34 +121,46 @@ def elt_chain(
             own_steps.result()
         if looking_at_gates:
             looking_at_gates.result()
-        jobs_asked_for = [found.request for found in (*checked, *checked_activations)]
-        check_gate_names(gates, jobs_asked_for, transform)
-        check_rule(allow_failure, ids_and_names([*before, *jobs_asked_for, *after]))
+        if not progress:
+            asking.check(activations)
+            jobs_asked_for = [found.request for found in (*checked, *checked_activations)]
+            check_gate_names(gates, jobs_asked_for, transform)
+            check_rule(allow_failure, ids_and_names([*before, *jobs_asked_for, *after]))
     except KNOWN_ERRORS as error:
         telling.refused(error)
         return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
 
-    steps, trouble = run_before(before, interval)
-    if trouble:
-        report = _hold_all(checked, transform, plan, checked_activations, trouble)
-    else:
-        report = _run_all(checked, gates, transform, plan, checked_activations)
-    steps += report.steps
+    if progress is None:
+        loading = asking.before_load(checked, transform, checked_activations)
+        steps, trouble = run_before(
+            before, interval, loading.message if loading and not loading.good else None
+        )
+        if trouble:
+            progress = _hold_all(began, checked, transform, plan, checked_activations, trouble)
+        else:
+            progress = _load_and_build(began, checked, gates, transform, plan, checked_activations)
+        progress = progress.after([*([loading] if loading else []), *steps])
+    approved = asking.before_activations(progress)
+    steps = [*progress.report.steps, *([approved] if approved else [])]
+    steps += _activate(checked_activations, progress, approved)
+    boxes = coloured(progress.report.boxes, progress.ends, steps)
     steps += run_after(after, steps, interval)
-    report = conclude(report.model_copy(update={"steps": steps}), allow_failure, began=began)
+    report = progress.report.model_copy(update={"steps": steps, "boxes": boxes})
+    report = conclude(report, allow_failure, began=progress.began)
     publish(report, "elt-report")
     telling.ended(report)
     return final_state(report)  # type: ignore[no-any-return]
 
 
-def _run_all(
+def _load_and_build(
+    began: datetime,
     syncs: Sequence[Checked[Any]],
     gates: Sequence[GateCheck],
     transform: Transform | None,
     plan: DbtPlan | None,
     activations: Sequence[Checked[Any]],
-) -> EltReport:
-    """Syncs, transform and activations, each as far as what is before it went well."""
+) -> Progress:
+    """Syncs and transform, each as far as what is before it went well, and which activations are ready."""
     jobs = run_each(syncs)
     gate = Gate(plan, syncs, jobs)
     looked = look_at_gates(gates, jobs, transform, plan, gate.late_sources)
@@ -150,9 +170,9 @@ def _run_all(
     if transform and plan:
         step, nodes = _transform(transform, plan, gate)
         steps.append(step)
-    steps += _activate(activations, gate)
-    boxes, edges = picture(gate, steps, [found.request for found in activations], nodes)
-    return EltReport(
+    waiting, ready = _decide(activations, gate)
+    boxes, edges, ends = picture(gate, [*steps, *waiting], [found.request for found in activations], nodes)
+    report = EltReport(
         steps=steps,
         nodes=nodes,
         held_nodes=gate.held_nodes(),
@@ -160,21 +180,23 @@ def _run_all(
         boxes=boxes,
         edges=edges,
     )
+    return Progress(began=began, report=report, activations=waiting, ready=ready, ends=ends)
 
 
 def _hold_all(
+    began: datetime,
     syncs: Sequence[Checked[Any]],
     transform: Transform | None,
     plan: DbtPlan | None,
     activations: Sequence[Checked[Any]],
     why: str,
-) -> EltReport:
-    """The report of a chain that was not begun."""
+) -> Progress:
+    """A chain that is not begun."""
     steps = [Step.held("sync", found.request, why) for found in syncs]
     if transform and plan:
         steps.append(_transform_step(transform, plan, StepState.HELD, why))
-    steps += [Step.held("activation", found.request, why) for found in activations]
-    return EltReport(steps=steps)
+    held = [Step.held("activation", found.request, why) for found in activations]
+    return Progress(began=began, report=EltReport(steps=steps), activations=held)
 
 
 def _transform(dbt: Transform, plan: DbtPlan, gate: Gate) -> tuple[Step, list[DbtNode]]:
@@ -221,16 +243,32 @@ def _transform_step(
     )
 
 
-def _activate(activations: Sequence[Checked[Any]], gate: Gate) -> list[Step]:
-    """Run the activations whose inputs are fresh; hold the others back, with the reason."""
-    reasons = [gate.why_not_activate(found.request) for found in activations]
-    ready = [found for found, why in zip(activations, reasons, strict=True) if not why]
-    done = iter(run_each(ready))
+def _decide(activations: Sequence[Checked[Any]], gate: Gate) -> tuple[list[Step], list[str]]:
+    """All activations as steps that are held back, with the reason if there is one, and which are ready."""
     steps: list[Step] = []
-    for found, why in zip(activations, reasons, strict=True):
+    ready: list[str] = []
+    for found in activations:
+        why = gate.why_not_activate(found.request)
         if why:
             get_run_logger().warning("held back: %s, because %s", found.request.label, why)
             steps.append(Step.held("activation", found.request, why, gate.causes_of(found.request)))
         else:
-            steps.append(Step.of_job("activation", next(done)))
-    return steps
+            steps.append(Step.held("activation", found.request, ""))
+            ready.append(steps[-1].key)
+    return steps, ready
+
+
+def _activate(activations: Sequence[Checked[Any]], progress: Progress, approved: Step | None) -> list[Step]:
+    """Run the activations that are ready, if nobody has anything against it."""
+    if approved and not approved.good:
+        why = str(approved.message)
+        get_run_logger().warning("held back: %s, because %s", ", ".join(progress.ready), why)
+        return progress.held(why, [approved.key])
+    held = [Step.held("activation", found.request, "") for found in activations]
+    ready = [found for found, step in zip(activations, held, strict=True) if step.key in progress.ready]
+    done = iter(run_each(ready))
+    known = {step.key: step for step in progress.activations}
+    return [
+        Step.of_job("activation", next(done)) if step.key in progress.ready else known.get(step.key, step)
+        for step in held
+    ]

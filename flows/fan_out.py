@@ -184,6 +184,10 @@ def conclude(report: R, rule: AllowFailure, *, began: datetime) -> R:
     """
     good = all(step.good for step in report.steps)
     tolerated = bears(rule, report.steps)
+    ending = "Completed" if good else "PartiallyRefreshed" if tolerated else "Failed"
+    # Whatever else went wrong, and whatever the rule bears: what a person has not approved was not done.
+    if any(step.kind == "approval" and not step.good for step in report.steps):
+        ending = "Rejected"
     return report.model_copy(
         update={
             "flow_run_id": flow_run.id or "",
@@ -191,7 +195,7 @@ def conclude(report: R, rule: AllowFailure, *, began: datetime) -> R:
             "flow_run_url": flow_run.ui_url,
             "started_at": began,
             "duration": (datetime.now(UTC) - began).total_seconds(),
-            "ending": "Completed" if good else "PartiallyRefreshed" if tolerated else "Failed",
+            "ending": ending,
             "message": report.sentence(),
         }
     )
@@ -204,8 +208,8 @@ def publish(report: SyncReport | EltReport, key: str) -> None:
 
 def final_state(report: SyncReport | EltReport) -> Any:
     """The honest final state; calling the flow from a script returns the report or raises `RunFailed`."""
-    if report.ending == "Failed":
-        return Failed(message=report.message, data=RunFailed(report))
+    if report.ending in ("Failed", "Rejected"):
+        return Failed(name=report.ending, message=report.message, data=RunFailed(report))
     return Completed(name=report.ending, message=report.message, data=report)
 
 

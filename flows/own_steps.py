@@ -13,18 +13,18 @@ from tasks.steps import OwnStep, run_step
 
 
 def run_before(
-    steps: Sequence[OwnStep], interval: DataInterval | None = None
+    steps: Sequence[OwnStep], interval: DataInterval | None = None, why: str | None = None
 ) -> tuple[list[Step], str | None]:
     """Run the steps before the chain; the first that fails holds back all that follows.
 
     Args:
         steps: What to do.
         interval: The data interval of the run, if it has one.
+        why: Why all are held back, if they are.
 
     Returns:
         Every step with its outcome, and why the chain is held back, if it is.
     """
-    why: str | None = None
     done: list[Step] = []
     for number, step in enumerate(steps):
         done.append(_hold("before", step, why) if why else _run("before", step, number, interval))

@@ -24,10 +24,14 @@ Boxes = dict[str, tuple[str, str]]
 
 def picture(
     gate: Gate, steps: Sequence[Step], activations: Sequence[Parameters], nodes: Sequence[DbtNode]
-) -> tuple[Boxes, list[Edge]]:
-    """Boxes (id to label and class) and lines of the picture; empty without a dbt project."""
+) -> tuple[Boxes, list[Edge], dict[str, str]]:
+    """Boxes (id to label and class) and lines of the picture; empty without a dbt project.
+
+    Returns:
+        Beside them which box stands for which activation, as the key of its step: see `coloured`.
+    """
     if gate.plan is None:
-        return {}, []
+        return {}, [], {}
     lineage = gate.plan.lineage
     drawn = _drawn(lineage)
     if len(drawn) > _MOST_BOXES:
@@ -36,7 +40,14 @@ def picture(
     short = {id_: f"n{number}" for number, id_ in enumerate(sorted(drawn))}
     boxes = {short[id_]: look.box(id_) for id_ in sorted(drawn)}
     lines = {(short[parent], short[id_]) for id_ in drawn for parent in _nearest_drawn(id_, lineage, drawn)}
-    return boxes, [Edge(source=source, target=target) for source, target in sorted(lines)]
+    ends = {short[id_]: step.key for id_, step in look.by_exposure.items() if id_ in drawn}
+    return boxes, [Edge(source=source, target=target) for source, target in sorted(lines)], ends
+
+
+def coloured(boxes: Boxes, ends: Mapping[str, str], steps: Sequence[Step]) -> Boxes:
+    """The boxes, with the activations as they ended, which was not known when they were drawn."""
+    ended = {step.key: _box(step) for step in steps if step.kind == "activation"}
+    return {id_: ended.get(ends.get(id_, ""), box) for id_, box in boxes.items()}
 
 
 def _drawn(lineage: Lineage) -> set[str]:
@@ -90,15 +101,18 @@ class _Look:
     def box(self, unique_id: str) -> tuple[str, str]:
         node = self.lineage.nodes[unique_id]
         step = self.by_source.get(unique_id) or self.by_exposure.get(unique_id)
-        label = step.name if step else node.label or node.name
-        if step and step.rows is not None:
-            label = f"{label}: {step.rows:,} rows"
         if step:
-            return _safe(label), _step_kind(step)
+            return _box(step)
+        label = node.label or node.name
         state = self.states.get(unique_id)
         if state is not None and _NODE_KIND[state] != "ok":
             return _safe(label), _NODE_KIND[state]
         return _safe(label), "held" if unique_id in self.doubtful else "ok"
+
+
+def _box(step: Step) -> tuple[str, str]:
+    label = f"{step.name}: {step.rows:,} rows" if step.rows is not None else step.name
+    return _safe(label), _step_kind(step)
 
 
 def _step_kind(step: Step) -> str:

@@ -24,7 +24,7 @@ class StepState(StrEnum):
     HELD = "HELD"
 
 
-_TELLING = ("before", "gate", "transform", "after")
+_TELLING = ("before", "gate", "transform", "approval", "after")
 _MARKS = {
     StepState.SUCCEEDED: "✓",
     StepState.PARTIAL: "◐",
@@ -35,8 +35,12 @@ _MARKS = {
 }
 
 
-Kind = Literal["before", "sync", "gate", "transform", "activation", "after"]
+Kind = Literal["before", "sync", "gate", "transform", "approval", "activation", "after"]
 """Where in the chain a step is."""
+
+
+Ending = Literal["Completed", "PartiallyRefreshed", "Failed", "Rejected", "AwaitingApproval"]
+"""How a run ends, or that it waits."""
 
 
 class Step(BaseModel):
@@ -152,7 +156,7 @@ class Report(BaseModel):
     flow_run_url: str | None = None
     started_at: datetime | None = None
     duration: float = 0.0
-    ending: Literal["Completed", "PartiallyRefreshed", "Failed"] = "Completed"
+    ending: Ending = "Completed"
     message: str = ""
     steps: list[Step] = []
 

@@ -19,9 +19,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-Level = Literal["failed", "partial", "refused"]
+Level = Literal["failed", "partial", "refused", "waiting"]
 """failed: a step failed, and the run with it. partial: a step failed, and the run's rule bears that. refused:
-the run could not begin, or its process died."""
+the run could not begin, or its process died. waiting: nothing is wrong, the run waits for somebody."""
 
 RUN = "run"
 """The key of a run that could not begin or died."""
@@ -335,7 +335,7 @@ def _opened(alarms: Sequence[Alarm], to: str, bulletin: Bulletin) -> Change:
 
 
 def _worst(alarms: Sequence[Alarm]) -> Level:
-    order: tuple[Level, ...] = ("refused", "failed", "partial")
+    order: tuple[Level, ...] = ("refused", "failed", "partial", "waiting")
     return min((alarm.level for alarm in alarms), key=order.index)
 
 

@@ -52,6 +52,9 @@ class Severities(BaseModel):
         title="Refused",
         description="The run could not begin, or its process died: nothing at all is refreshed.",
     )
+    waiting: Severity | None = Field(
+        default="info", title="Waiting", description="The run waits for somebody's approval."
+    )
 
 
 class PagerDutyNotify(NotifyParameters):

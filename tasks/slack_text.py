@@ -63,7 +63,10 @@ def line(change: Change) -> str:
     """What a run means for an incident, in one line and what hangs on it."""
     incident = change.incident
     title = f"*{escape(incident.title)}*"
+    waiting = incident.level == "waiting"
     match change.happened:
+        case Happened.RECOVERED if waiting:
+            return f"✓ {title} is no longer waited for"
         case Happened.RECOVERED:
             return f"✓ {title} is well again, {_history(incident)}"
         case Happened.FORGOTTEN:
@@ -72,7 +75,7 @@ def line(change: Change) -> str:
             since = f"{_ordinal(incident.runs)} run, since {moment(incident.since)}"
             text = f"✗ {title} is still failing ({since})"
         case _:
-            text = f"✗ {title} {escape(incident.what)}"
+            text = f"{'◦' if waiting else '✗'} {title} {escape(incident.what)}"
     return "\n".join([f"{text}{_why(incident)}", *_held(change)])
 
 
@@ -84,7 +87,8 @@ def root(change: Change, bulletin: Bulletin) -> str:
     since = ""
     if incident.runs > 1:
         since = f"\n{_ordinal(incident.runs)} run, since {moment(incident.since)}"
-    first = f"✗ *{escape(incident.title)}* {escape(incident.what)} in {header(bulletin)}{_why(incident)}"
+    sign = "◦" if incident.level == "waiting" else "✗"
+    first = f"{sign} *{escape(incident.title)}* {escape(incident.what)} in {header(bulletin)}{_why(incident)}"
     return "\n".join([first + since, *_held(change), *footer(bulletin)])
 
 
@@ -102,6 +106,8 @@ def digest(changes: list[Change], bulletin: Bulletin) -> str:
 def _end(change: Change) -> str:
     if change.happened is Happened.FORGOTTEN:
         return "closed, since nothing has run it for two weeks"
+    if change.incident.level == "waiting":
+        return "answered, or its time was up"
     return f"resolved, {_history(change.incident)}"
 
 

@@ -52,7 +52,8 @@ IDS = {spec.name: spec.connection_id for spec in catalog.CONNECTIONS}
 SERVED = "sync-connections/served"
 _SERVE = "from flows import sync_connections; sync_connections.serve(name='served')"
 # What the automations of deployments/automations.yaml add.
-_BY_AUTOMATIONS = {name: {"flow_run_id": str(uuid4())} for name in ("dead-runs", "untold-runs")}
+_BY_OTHERS = {name: {"flow_run_id": str(uuid4())} for name in ("dead-runs", "untold-runs")}
+_BY_OTHERS["when-time-is-up"] = {"flow_run_id": str(uuid4()), "key": "approval-the-load-1"}
 _STUCK = 25  # connections of a run that is to be cancelled
 
 
@@ -103,7 +104,7 @@ def test_nothing_is_wrong_with(entry: Entry, place: str) -> None:
     here = environment(branch="my-feature") if place == "a branch" else environment(place)
     there = [entry.within(here)] if entry.name not in here.without else []
     assert problems_of([entry]) + problems_of(there) == []
-    entry.flow.validate_parameters({**_BY_AUTOMATIONS.get(entry.name, {}), **entry.parameters})
+    entry.flow.validate_parameters({**_BY_OTHERS.get(entry.name, {}), **entry.parameters})
 
 
 @pytest.mark.parametrize("entry", read_entries(), ids=lambda entry: entry.name)

@@ -35,6 +35,7 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.dbt.model import DbtCore, DbtNode, DbtState, one_line
+from tasks.jobs import attempt_of
 
 ARTIFACT_KEY = "dbt-nodes"
 _PAGE = 20
@@ -94,7 +95,7 @@ def new_record(dbt: DbtCore, project: str, exclude: list[str], build: str) -> Bu
         asked=dbt.model_dump(mode="json", include=set(_ASKED)),
         left_out=exclude,
         started_at=datetime.now(UTC),
-        attempt=flow.flow_run.run_count if flow and flow.flow_run else 0,
+        attempt=attempt_of(flow.flow_run) if flow and flow.flow_run else 0,
         task_run_id=task.task_run.id if task else None,
     )
 

@@ -1,5 +1,6 @@
 """What every vendor's job has in common: model, engine, watcher, journal and task runner."""
 
+from tasks.jobs.attempt import attempt_of
 from tasks.jobs.engine import run_job, wait_for_job
 from tasks.jobs.journal import Entry, Journal, MemoryJournal, RunJournal, read_entries
 from tasks.jobs.model import (
@@ -60,6 +61,7 @@ __all__ = [
     "Tool",
     "ToolParameters",
     "at_loop_exit",
+    "attempt_of",
     "cancel_job",
     "check_limit",
     "current_interrupt",

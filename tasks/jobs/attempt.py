@@ -14,6 +14,7 @@ from contextlib import suppress
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogHandler
 
@@ -28,6 +29,14 @@ def current_attempt() -> int:
     """The number of the attempt that runs here, 1 for the first; 0 outside of a flow run."""
     context = FlowRunContext.get()
     return context.flow_run.run_count if context and context.flow_run else 0
+
+
+def attempt_of(flow_run: FlowRun) -> int:
+    """The how manieth process it is that does a run, with those that go on after the run was suspended.
+
+    Prefect's `run_count`, which says whether another attempt has begun, does not count these.
+    """
+    return flow_run.run_count + len(flow_run.empirical_policy.pause_keys or ())
 
 
 async def stop_if_superseded(client: PrefectClient, flow_run_id: UUID, attempt: int) -> None:

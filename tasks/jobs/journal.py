@@ -36,7 +36,7 @@ from prefect.client.schemas.sorting import ArtifactSort
 from prefect.context import FlowRunContext, TaskRunContext
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from tasks.jobs.attempt import current_attempt, stop_if_superseded
+from tasks.jobs.attempt import attempt_of, current_attempt, stop_if_superseded
 from tasks.jobs.model import Intent, JobHandle, JobResult
 
 ARTIFACT_KEY = "elt-jobs"
@@ -154,7 +154,7 @@ class RunJournal:
         call in one run is a second job.
         """
         flow, task = FlowRunContext.get(), TaskRunContext.get()
-        attempt = flow.flow_run.run_count if flow and flow.flow_run else 0
+        attempt = attempt_of(flow.flow_run) if flow and flow.flow_run else 0
         scope = self._flow_run_id or self._task_run_id
         number = _calls.number((scope, attempt, base), task.task_run.id if task else uuid4())
         return base if number == 1 else f"{base}#{number}"
