@@ -5,7 +5,7 @@
 #   make server [ARGS="--port 4300"]      a Prefect server on PostgreSQL, until Ctrl-C
 #   make receiver [ARGS="--port 4281"]    takes webhooks for the server of PREFECT_API_URL, until Ctrl-C
 #   make listen [ARGS="--only NAME"]       SQS queues, Kafka topics, PostgreSQL channels as events, until Ctrl-C
-#   make warm-worker [POOL=elt]           a process worker whose runs begin within a second
+#   make warm-worker [POOL=elt]           a process worker whose runs begin without importing Prefect anew
 #   make test [ARGS="-k journal"]         the tests, on all cores
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest

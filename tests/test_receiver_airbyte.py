@@ -113,7 +113,7 @@ def test_a_job_of_ours_is_told_as_such(
     [
         ({"secret": "another-unguessable-part"}, 404, "no such source"),
         ({"job": 999_999}, 400, "no job 999999"),
-        ({"connection": str(uuid4())}, 400, "not of this connection"),
+        ({"connection": "00000000-0000-4000-8000-000000000000"}, 400, "not of this connection"),
         ({"connection": "x"}, 400, "connection"),
         ({"job": "x"}, 400, "jobId"),
         ({"finishedAt": "soon"}, 400, "finishedAt"),
@@ -139,7 +139,14 @@ async def test_what_the_api_does_not_bear_out(
     "body",
     [
         {"text": "Hello World! This is a test from Airbyte."},
-        {"text": "queued", "data": {"jobId": 1, "connection": {"id": str(uuid4())}, "finishedAt": None}},
+        {
+            "text": "queued",
+            "data": {
+                "jobId": 1,
+                "connection": {"id": "00000000-0000-4000-8000-000000000000"},
+                "finishedAt": None,
+            },
+        },
     ],
     ids=["no job", "queued"],
 )
