@@ -12,7 +12,7 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
-from prefect.states import Running, Scheduled
+from prefect.states import Crashed, Paused, Running, Scheduled
 
 from tasks.jobs import Entry, RunJournal, read_entries
 from tasks.jobs.attempt import Superseded
@@ -83,6 +83,24 @@ async def test_the_last_attempt_goes_on() -> None:
     run = await _in_its_second_attempt()
     await _journal(run.id, 2).record(_entry(), urgent=True)
     assert len(await read_entries(run.id)) == 1
+
+
+async def test_a_pause_is_no_other_attempt() -> None:
+    """Prefect counts up when a paused run is resumed, which goes on in the process that was paused."""
+    async with get_client() as client:
+        run = await client.create_flow_run(a_flow)
+        await client.set_flow_run_state(run.id, Running(), force=True)
+        for _ in range(2):
+            await client.set_flow_run_state(run.id, Paused(timeout_seconds=60))
+            await client.resume_flow_run(run.id)
+        run = await client.read_flow_run(run.id)
+        assert run.run_count == 3
+        await _journal(run.id, 1).record(_entry(), urgent=True)
+        assert len(await read_entries(run.id)) == 1
+        for state in (Crashed(), Scheduled(), Running()):
+            await client.set_flow_run_state(run.id, state, force=True)
+    with pytest.raises(Superseded):
+        await _journal(run.id, 1).record(_entry(), urgent=True)
 
 
 async def test_a_workers_process_ends_without_a_word() -> None:

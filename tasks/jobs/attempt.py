@@ -11,10 +11,11 @@ import asyncio
 import logging
 import os
 from contextlib import suppress
+from itertools import pairwise
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogHandler
 
@@ -51,7 +52,7 @@ async def stop_if_superseded(client: PrefectClient, flow_run_id: UUID, attempt: 
         Superseded: Another has begun, and this process is not the run's alone.
     """
     run = await client.read_flow_run(flow_run_id)
-    if run.run_count <= attempt:
+    if run.run_count <= attempt or await _only_paused(client, run, attempt):
         return
     message = f"Attempt {run.run_count} of this run has begun; this is attempt {attempt}, and starts nothing."
     if os.environ.get("PREFECT__FLOW_RUN_ID") != str(flow_run_id):
@@ -62,3 +63,17 @@ async def stop_if_superseded(client: PrefectClient, flow_run_id: UUID, attempt: 
             await APILogHandler.aflush()
     # Any other exit code is a crash to the worker, of the run that goes on.
     os._exit(0)
+
+
+async def _only_paused(client: PrefectClient, run: FlowRun, attempt: int) -> bool:
+    """Whether the run was paused since this attempt began, and resumed in this process, each time it began.
+
+    Prefect counts that, too: `pause_flow_run` leaves the process where it is, and the run is Running again.
+    """
+    states = sorted(await client.read_flow_run_states(run.id), key=lambda state: state.timestamp)
+    began_from = [
+        before.type
+        for before, state in pairwise(states)
+        if state.type is StateType.RUNNING and before.type is not StateType.RUNNING
+    ]
+    return all(before is StateType.PAUSED for before in began_from[attempt - run.run_count :])
