@@ -562,7 +562,7 @@ def test_on_a_worker(box: Sandbox, runs: Runs, pool: str, client: SyncPrefectCli
     assert (
         "| ✓ | approval of the activations | SUCCEEDED<br>approved by Ada Lovelace: looks right |" in report
     )
-    assert '["crm-103"]:::ok' in report
+    assert '["crm-103: 0 rows"]:::ok' in report
     assert '["carrier-scorecard-to-crm"]:::held' in report
     assert [run for run in _of(client, "end-approval/at-the-deadline") if _asks_for(run, run_id)] == []
 
