@@ -76,7 +76,8 @@ def test_stop_in_mid_load_leaves_no_trace(sources: Path, tmp_path: Path) -> None
     box.stop()
     time.sleep(0.3)
     with duckdb.connect(str(tmp_path / "warehouse.duckdb")) as db:
-        tables = db.execute("SELECT table_schema || '.' || table_name FROM information_schema.tables").fetchall()
+        named = "SELECT table_schema || '.' || table_name FROM information_schema.tables"
+        tables = db.execute(named).fetchall()
         # None, unless the machine was so busy that the whole load was done before the stop.
         loaded = [db.execute(f"SELECT count(*) FROM {table}").fetchone() for (table,) in tables]  # noqa: S608
     assert loaded in ([], [(336_776,)])
