@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from uuid import UUID, uuid5
 
 from prefect.client.orchestration import PrefectClient
 from prefect.events import emit_event
-from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 
 from tasks.jobs import JobResult, JobState
+from tasks.last_event import last_event
 
 FRESH = "elt.connection.fresh"
 
@@ -79,17 +79,8 @@ async def last_landed(
     slots = asyncio.Semaphore(_AT_ONCE)
 
     async def last(resource: str) -> datetime | None:
-        wanted = EventFilter(
-            occurred=EventOccurredFilter(since=since, until=datetime.now(UTC) + timedelta(minutes=1)),
-            event=EventNameFilter(name=list(LANDED)),
-            resource=EventResourceFilter(id=[resource]),
-        )
         async with slots:
-            response = await client.request(
-                "POST", "/events/filter", json={"filter": wanted.model_dump(mode="json"), "limit": 1}
-            )
-        found = response.json()["events"]
-        return datetime.fromisoformat(found[0]["occurred"]) if found else None
+            return await last_event(client, LANDED, resource, since)
 
     names = list(dict.fromkeys(resources))
     return dict(zip(names, await asyncio.gather(*(last(name) for name in names)), strict=True))

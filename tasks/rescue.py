@@ -28,9 +28,10 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import FlowRun, State, StateType, TaskRun
 from prefect.client.schemas.responses import SetStateStatus
-from prefect.events.filters import EventFilter, EventNameFilter, EventOccurredFilter, EventResourceFilter
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed, Scheduled, to_state_create
+
+from tasks.last_event import last_event
 
 HEARTBEAT = "prefect.flow-run.heartbeat"
 
@@ -77,16 +78,7 @@ async def outlived(client: PrefectClient, run: FlowRun, patience: float) -> bool
 
 
 async def _last_beat(client: PrefectClient, run: FlowRun, since: datetime) -> datetime | None:
-    beats = EventFilter(
-        occurred=EventOccurredFilter(since=since, until=datetime.now(UTC) + timedelta(minutes=1)),
-        event=EventNameFilter(name=[HEARTBEAT]),
-        resource=EventResourceFilter(id=[f"prefect.flow-run.{run.id}"]),
-    )
-    response = await client.request(
-        "POST", "/events/filter", json={"filter": beats.model_dump(mode="json"), "limit": 1}
-    )
-    found = response.json()["events"]
-    return datetime.fromisoformat(found[0]["occurred"]) if found else None
+    return await last_event(client, [HEARTBEAT], f"prefect.flow-run.{run.id}", since)
 
 
 async def dead(client: PrefectClient, run: FlowRun, silent_for: float) -> FlowRun | None:
