@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import httpx
 import pytest
 
 from deployments.server import LocalServer, ServerError, free_port  # imports no prefect
@@ -34,6 +35,9 @@ os.environ.update(
 from prefect.events.worker import EventsWorker  # noqa: E402 - after the settings
 from prefect.logging.handlers import APILogHandler  # noqa: E402
 
+_SERVING: list[LocalServer] = []
+_LEFT = ("deployments", "automations", "v2/concurrency_limits", "block_documents", "work_pools")
+
 
 @pytest.fixture(autouse=True)
 def _served(request: pytest.FixtureRequest) -> None:
@@ -50,12 +54,27 @@ def prefect_server() -> Iterator[str]:
     except ServerError as error:
         pytest.exit(str(error), 3)
     try:
+        _SERVING.append(server)
         yield server.api_url
         # What is still on its way to the server would complain that there is none.
         APILogHandler().flush()
         EventsWorker.drain_all()
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _left_nothing() -> Iterator[None]:
+    """No file finds what another has put on the server: which comes before which is up to the workers."""
+    yield
+    if _SERVING:
+        with httpx.Client(base_url=API_URL, timeout=60) as api:
+            for kind in _LEFT:
+                while found := api.post(f"/{kind}/filter", json={"limit": 200}).raise_for_status().json():
+                    for one in found:
+                        key = one["name"] if kind == "work_pools" else one["id"]
+                        gone = api.delete(f"/{kind}/{key}")
+                        assert gone.is_success or gone.status_code == 404, gone.text
 
 
 @pytest.fixture(scope="session")
