@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from prefect.utilities.importtools import import_object
 from pydantic import BaseModel, ConfigDict, Field
 
 from deployments.environments import DeployError, Environment, load_yaml, parse
+from tasks.events import OnceTrigger, read_triggers
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("prefect.yaml", "pipelines.yaml"))
 
@@ -182,3 +184,16 @@ def read_entries(*files: Path) -> tuple[Entry, ...]:
     if twice:
         raise DeployError(f"two deployments are called {', '.join(twice)}: `prefect deploy -n` takes a name")
     return tuple(entries)
+
+
+def load_triggers(environment: Environment, files: Sequence[Path] = FILES) -> tuple[OnceTrigger, ...]:
+    """The once triggers of an environment's deployments; none where triggers are off.
+
+    Args:
+        environment: Whose deployments events start.
+        files: Where the deployments stand.
+
+    Raises:
+        TriggersWrong: A file can't be read, or an entry can't be used.
+    """
+    return read_triggers(*files, prefix=environment.prefix) if environment.triggers else ()

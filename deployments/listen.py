@@ -24,9 +24,9 @@ from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from deployments.entries import FILES
+from deployments.entries import FILES, load_triggers
 from deployments.environments import DeployError, environment
-from tasks.events import EltEvent, HandedOver, OnceTrigger, TriggersWrong, hand_over, read_triggers
+from tasks.events import EltEvent, HandedOver, OnceTrigger, TriggersWrong, hand_over
 from tasks.looking.kafka import KafkaSource, KafkaTopics
 from tasks.looking.listener import ListenError, Source, listen, log
 from tasks.looking.postgres import PostgresChannels, PostgresSource
@@ -151,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = read_listeners(options.file)
         chosen = _chosen(given, options)
         here = environment(options.env, options.branch)
-        triggers = read_triggers(*given.triggers, prefix=here.prefix) if here.triggers else ()
+        triggers = load_triggers(here, given.triggers)
         for listener in chosen:
             log.info("%s: %s", listener.source, listener.name)
         log.info("%s once triggers of the environment %s", len(triggers), here.name)

@@ -15,10 +15,10 @@ from prefect import get_client
 from prefect.settings import PREFECT_API_URL
 from starlette.applications import Starlette
 
-from deployments.entries import FILES
+from deployments.entries import FILES, load_triggers
 from deployments.environments import DeployError, environment
 from deployments.receiver.app import Limits, build_app
-from deployments.receiver.setup import KINDS, SetupWrong, load_sources, load_triggers
+from deployments.receiver.setup import KINDS, SetupWrong, load_sources
 from deployments.receiver.source import Source
 from tasks.events import OnceTrigger, TriggersWrong
 

@@ -1,17 +1,14 @@
-"""Which sources are on, and what their events start."""
+"""Which sources are on."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from prefect.client.orchestration import PrefectClient
 
 from blocks.receiver import SOURCES, EventSource
 from blocks.reference import BlockNotFound, load_block
-from deployments.entries import FILES
-from deployments.environments import Environment
 from deployments.receiver.airbyte import AirbyteSource
 from deployments.receiver.census import CensusSource
 from deployments.receiver.dbt_cloud import DbtCloudSource
@@ -22,7 +19,6 @@ from deployments.receiver.s3 import S3Source
 from deployments.receiver.signed import SignedWebhookSource
 from deployments.receiver.slack import SlackSource
 from deployments.receiver.source import Source
-from tasks.events import OnceTrigger, read_triggers
 
 KINDS: dict[str, type[Source[Any]]] = {
     source.kind.get_block_type_slug(): source
@@ -80,12 +76,3 @@ async def _source(reference: str) -> Source[Any]:
         # A stored block that today's class refuses; pydantic's text of these blocks hides what was given.
         raise SetupWrong(f"{reference}: {error}") from None
     return KINDS[slug](block, name)
-
-
-def load_triggers(environment: Environment, files: Sequence[Path] = FILES) -> tuple[OnceTrigger, ...]:
-    """The once triggers of the deployments of an environment.
-
-    Raises:
-        TriggersWrong: An entry can't be used.
-    """
-    return read_triggers(*files, prefix=environment.prefix) if environment.triggers else ()
