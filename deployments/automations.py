@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import yaml
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.events.filters import AutomationFilter, AutomationFilterTags
 from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deployments.environments import DeployError, load_yaml, parse
 
 FILE = Path(__file__).with_name("automations.yaml")
 TAG = "elt-flows"
@@ -77,9 +78,9 @@ def read_entries(file: Path = FILE) -> list[Entry]:
         AutomationsError: It can't be read, or something in it is wrong.
     """
     try:
-        entries = _File.model_validate(yaml.safe_load(file.read_text())).automations
-    except (OSError, yaml.YAMLError, ValidationError) as error:
-        raise AutomationsError(f"{file}: {error}") from None
+        entries = parse(_File, load_yaml(file), file).automations
+    except DeployError as error:
+        raise AutomationsError(str(error)) from None
     names = [entry.name for entry in entries]
     if twice := {name for name in names if names.count(name) > 1}:
         raise AutomationsError(f"{file}: two automations are called {', '.join(sorted(twice))}")

@@ -202,6 +202,8 @@ def load_yaml(file: Path) -> Any:
         return yaml.safe_load(file.read_text())
     except FileNotFoundError:
         raise DeployError(f"there is no {file}") from None
+    except OSError as error:
+        raise DeployError(f"{file} can't be read: {error.strerror}") from None
     except yaml.YAMLError as error:
         raise DeployError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
 

@@ -17,15 +17,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import yaml
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deployments.entries import FILES, load_triggers
-from deployments.environments import DeployError, environment
+from deployments.environments import DeployError, environment, load_yaml, parse
 from tasks.events import EltEvent, HandedOver, OnceTrigger, TriggersWrong, hand_over
 from tasks.looking.kafka import KafkaSource, KafkaTopics
 from tasks.looking.listener import ListenError, Source, listen, log
@@ -61,32 +60,9 @@ def read_listeners(file: Path) -> Listeners:
         ListenError: With the place and what is wrong there, a line for each.
     """
     try:
-        document = yaml.safe_load(file.read_text())
-    except OSError as error:
-        raise ListenError(f"{file} can't be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ListenError(f"{file} is no YAML: {' '.join(str(error).split())}") from None
-    try:
-        return Listeners.model_validate(document)
-    except ValidationError as error:
-        lines = [
-            f"{_place(one['loc'], document)}: {one['msg']}"
-            for one in error.errors(include_url=False, include_input=False, include_context=False)
-        ]
-        raise ListenError(f"{file}:\n  " + "\n  ".join(lines)) from None
-
-
-def _place(loc: tuple[int | str, ...], document: Any) -> str:
-    """Where it is, with a listener called by its name where it has one."""
-    words: list[str] = []
-    for step in loc:
-        try:
-            document = document[step]
-        except (KeyError, IndexError, TypeError):
-            document = None
-        named = isinstance(step, int) and isinstance(document, dict) and document.get("name")
-        words.append(str(named or step))
-    return ".".join(words) or "the file"
+        return parse(Listeners, load_yaml(file), file)
+    except DeployError as error:
+        raise ListenError(str(error)) from None
 
 
 def source_of(listener: SqsQueue | KafkaTopics | PostgresChannels) -> Source:

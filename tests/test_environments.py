@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,24 @@ def test_environments_that_make_no_sense(fields: dict[str, Any], says: str, tmp_
     file.write_text(yaml.safe_dump({"default": "prod", "environments": {"prod": {}}, **fields}))
     with pytest.raises(DeployError, match=says):
         read_environments(file)
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda file: None, "there is no .*environments"),
+        (lambda file: file.mkdir(), r"environments\.yaml can't be read: Is a directory"),
+        (lambda file: file.write_text("a: ["), r"environments\.yaml is no YAML"),
+    ],
+    ids=["missing", "a folder", "no YAML"],
+)
+def test_file_that_cannot_be_read(make: Callable[[Path], object], says: str, tmp_path: Path) -> None:
+    """A file that can't be read is an error of one line, whatever the cause."""
+    file = tmp_path / "environments.yaml"
+    make(file)
+    with pytest.raises(DeployError, match=says) as raised:
+        read_environments(file)
+    assert len(str(raised.value).splitlines()) == 1
 
 
 def test_names_that_are_not_there() -> None:
