@@ -63,6 +63,11 @@ def of(data: Path) -> list[psutil.Process]:
     return found
 
 
+def guards(data: Path) -> list[psutil.Process]:
+    """The process that ends the servers of this folder when their own is killed."""
+    return [process for process in of(data) if any(word.endswith("guard.py") for word in process.cmdline())]
+
+
 def connect(postgres: Postgres) -> Any:
     return closing(psycopg2.connect(host=str(postgres.socket_folder), user="postgres", dbname="postgres"))
 
@@ -87,10 +92,18 @@ def test_stopped_and_killed_it_keeps_its_data(folder: Path, capsys: pytest.Captu
 
     with up(data, port) as server:
         assert httpx.get(f"{api}/variables/name/kept").json()["value"] == 1
+        (guard,) = guards(data)
+        guard.kill()
         server.kill()
         server.wait()
+        guard.wait(60)
     assert of(data) != []  # nobody could stop them
 
+    with up(data, port) as server:
+        assert httpx.get(f"{api}/variables/name/kept").json()["value"] == 1
+        server.kill()
+        server.wait()
+    # At once: either this start ends what is there, or it waits until the guard has done so.
     with up(data, port) as server:
         assert httpx.get(f"{api}/variables/name/kept").json()["value"] == 1
         assert "trgm" not in (data / "server.log").read_text()
@@ -110,6 +123,49 @@ def test_interrupted_start_leaves_nothing(folder: Path) -> None:
     told, _ = process.communicate(timeout=120)
     assert (process.returncode, told) == (0, "Stopped.\n")
     assert of(data) == []
+
+
+_START = """
+import sys, time
+from pathlib import Path
+from deployments.server import LocalServer
+LocalServer(Path(sys.argv[1]), int(sys.argv[2]), durable=False).start()
+print("up", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.timeout(300)
+def test_killed_it_leaves_nothing(folder: Path) -> None:
+    """Of a process that gets SIGKILL, and with it all of its process group, no server stays."""
+    data = folder / "data"
+    process = subprocess.Popen(  # noqa: S603
+        [sys.executable, "-c", _START, str(data), str(free_port())],
+        cwd=REPOSITORY,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        there = " ".join(word for one in of(data) for word in one.cmdline())
+        assert "prefect" in there
+        assert "postgres" in there
+        os.killpg(process.pid, signal.SIGKILL)
+    until("all has ended", lambda: of(data) == [], 170)
+    assert "was killed; the server was ended" in (data / "server.log").read_text()
+    assert LocalServer.running(data) is None
+
+
+def test_killed_while_it_starts(folder: Path) -> None:
+    """PostgreSQL is up and the Prefect server is not: what there is ends, too."""
+    data = folder / "data"
+    command = [sys.executable, "-m", "deployments.server", "--data", str(data), "--port", str(free_port())]
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.DEVNULL) as process:  # noqa: S603
+        until("PostgreSQL is started", lambda: (data / "postgres" / "data" / "postmaster.pid").exists())
+        process.kill()
+    until("all has ended", lambda: of(data) == [], 170)
 
 
 def test_port_of_another_program(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 import httpx
 import psutil  # type: ignore[import-untyped]
@@ -21,6 +21,8 @@ from deployments.server.postgres import Postgres, ServerError
 HOST = "127.0.0.1"
 _START_SECONDS = 120.0
 _STOP_SECONDS = 15.0
+_GUARD = Path(__file__).with_name("guard.py")
+_GUARD_SECONDS = 150.0  # for a guard to end both servers: PostgreSQL alone may take two minutes
 SERVER_SETTINGS = {
     # One at a time, the default, the recorder is seconds behind with the task runs of a fan-out, and takes
     # five times the CPU.
@@ -49,8 +51,9 @@ class LocalServer:
     """A Prefect server and its PostgreSQL as processes of their own: a context manager for both.
 
     Events misfire on SQLite, where a trigger's transaction that finds the database locked is done again, and
-    fires again. The data stays when the server is stopped. What an earlier process left up because it was
-    killed is ended first.
+    fires again. The data stays when the server is stopped. Both end soon after the process that started them,
+    also when that is killed: see `guard.py`. What is left up all the same, because the guard was killed as
+    well, is ended first by whoever has the folder next.
 
     Args:
         data: Everything that lasts: the database, the logs, and the server's PREFECT_HOME.
@@ -70,6 +73,7 @@ class LocalServer:
         self.log = self.data / "server.log"
         self._lock: IO[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
 
     @property
     def environment(self) -> dict[str, str]:
@@ -99,7 +103,8 @@ class LocalServer:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                return str(_read(lock).get("url", "")) or None
+                note = _read(lock)
+                return None if _owner_is_gone(note) else str(note.get("url", "")) or None
         return None
 
     def start(self) -> Self:
@@ -109,6 +114,8 @@ class LocalServer:
         try:
             self._end_left_over()
             self._check_port()
+            self._write_note()
+            self._start_guard()
             self.postgres.start()
             self.start_prefect()
         except BaseException:
@@ -120,10 +127,24 @@ class LocalServer:
         """Stop the server, then PostgreSQL. The data stays."""
         self.stop_prefect()
         self.postgres.stop()
-        if self._lock:
-            self._lock.truncate(0)
-            self._lock.close()
-            self._lock = None
+        self._give_back()
+        if self._guard:
+            self._guard.kill()
+            self._guard.communicate()
+            self._guard = None
+
+    def end_left_over(self) -> bool:
+        """End both servers of a process that was killed; False if somebody else has the folder by now."""
+        try:
+            self._take_lock()
+        except ServerError:
+            return False
+        try:
+            self._end_left_over()
+            self.postgres.stop_left_over()
+        finally:
+            self._give_back()
+        return True
 
     def start_prefect(self) -> None:
         """Start the Prefect server alone, where PostgreSQL is up."""
@@ -185,31 +206,55 @@ class LocalServer:
 
     def _take_lock(self) -> None:
         lock = _note(self.data).open("a+")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            url = _read(lock).get("url")
-            lock.close()
-            raise ServerError(f"A server has {self.data} already: {url or 'it is starting'}") from None
-        self._lock = lock
+        deadline = time.monotonic() + _GUARD_SECONDS
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                note = _read(lock)
+                if _owner_is_gone(note) and time.monotonic() < deadline:
+                    time.sleep(0.1)  # its guard has the folder, and gives it back when all has ended
+                    continue
+                lock.close()
+                raise ServerError(
+                    f"A server has {self.data} already: {note.get('url') or 'it is starting'}"
+                ) from None
+            self._lock = lock
+            return
+
+    def _give_back(self) -> None:
+        if self._lock:
+            self._lock.truncate(0)
+            self._lock.close()
+            self._lock = None
+
+    def _start_guard(self) -> None:
+        with self.log.open("ab") as output:
+            self._guard = subprocess.Popen(  # noqa: S603 - our own interpreter
+                [sys.executable, str(_GUARD), str(self.data), str(self.port)],
+                # The pipe's other end is ours alone: when we end, however we do, the guard reads its end.
+                stdin=subprocess.PIPE,
+                stdout=subprocess.DEVNULL,
+                stderr=output,
+                # It has to outlive what kills everything of our terminal or our process group.
+                start_new_session=True,
+            )
 
     def _write_note(self) -> None:
-        if self._lock and self._process:
-            born = psutil.Process(self._process.pid).create_time()
+        if self._lock:
+            note: dict[str, Any] = {"owner": os.getpid(), "owner_born": psutil.Process().create_time()}
+            if self._process:
+                born = psutil.Process(self._process.pid).create_time()
+                note |= {"url": self.url, "pid": self._process.pid, "born": born}
             self._lock.truncate(0)
-            json.dump({"url": self.url, "pid": self._process.pid, "born": born}, self._lock)
+            json.dump(note, self._lock)
             self._lock.flush()
 
     def _end_left_over(self) -> None:
         """End the Prefect server of a process that was killed; its PostgreSQL is taken over instead."""
         assert self._lock is not None  # noqa: S101 - for the type checker
         note = _read(self._lock)
-        try:
-            process = psutil.Process(note["pid"])
-            ours = process.create_time() == note["born"]
-        except (KeyError, psutil.NoSuchProcess):
-            return
-        if ours:
+        if process := _process(note.get("pid"), note.get("born")):
             _end(process)
 
     def _check_port(self) -> None:
@@ -234,13 +279,28 @@ def _note(data: Path) -> Path:
     return data / "server.json"
 
 
-def _read(note: IO[str]) -> dict[str, str]:
+def _read(note: IO[str]) -> dict[str, Any]:
     note.seek(0)
     try:
         found = json.load(note)
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _process(pid: int | None, born: float | None) -> psutil.Process | None:
+    """The process of this number, if it is still the one that was born then."""
+    try:
+        process = psutil.Process(pid) if pid and born else None
+        return process if process and process.create_time() == born else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _owner_is_gone(note: dict[str, Any]) -> bool:
+    """Whether the process that had the folder is known, and dead."""
+    owner = _process(note.get("owner"), note.get("owner_born"))
+    return "owner" in note and (owner is None or owner.status() == psutil.STATUS_ZOMBIE)
 
 
 def _end(process: psutil.Process | None, *, at_once: bool = False) -> None:

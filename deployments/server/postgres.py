@@ -91,10 +91,7 @@ class Postgres:
 
     def start(self) -> Self:
         """Start it, with new data if there is none. A server that was left up is taken over."""
-        self._binaries = _find_binaries()
-        if os.geteuid() == 0:
-            self._account = _roots_user()
-            self._move_where_allowed(self._account)
+        self._find()
         self._make_folders()
         if not self.version:
             self._init()
@@ -110,6 +107,12 @@ class Postgres:
         if self._control("-m", "fast", "-w", "-t", str(_STOP_SECONDS), "stop", check=False).returncode != 0:
             self._control("-m", "immediate", "-w", "-t", str(_STOP_SECONDS), "stop")
 
+    def stop_left_over(self) -> None:
+        """Stop the server of a process that was killed."""
+        self._find()
+        if self.version:
+            self.stop()
+
     def __enter__(self) -> Self:
         return self.start()
 
@@ -119,6 +122,13 @@ class Postgres:
         self.stop()
 
     # -- inside
+
+    def _find(self) -> None:
+        """Where its programs and its data are, and as whom it runs."""
+        self._binaries = _find_binaries()
+        if os.geteuid() == 0:
+            self._account = _roots_user()
+            self._move_where_allowed(self._account)
 
     def _move_where_allowed(self, account: pwd.struct_passwd) -> None:
         """Root's own places are closed to others: take a folder that is not, and a copy of the programs."""
