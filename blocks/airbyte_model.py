@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from blocks.fields import tagged_owner
 from blocks.http import ApiClient
 
 Operation = Literal["sync", "clear", "reset", "refresh"]
@@ -60,7 +61,7 @@ class Connection(BaseModel):
     @property
     def owner(self) -> str | None:
         """The owner that a tag `owner:<name>` names; Airbyte has no field of its own for it."""
-        return next((tag.removeprefix("owner:") for tag in self.tags if tag.startswith("owner:")), None)
+        return tagged_owner(self.tags)
 
     @property
     def namespace(self) -> str | None:

@@ -1,10 +1,14 @@
-"""What people paste into the fields of a block: checked, and put into one form."""
+"""What people write into the fields of a block and into tags: checked, and put into one form."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from urllib.parse import urlsplit
 
 from pydantic import SecretStr
+
+OWNER_TAG = "owner:"
+"""What a tag begins with that names the owner of a connection, a deployment or a run."""
 
 
 def check_base_url(value: str, *, example: str) -> str:
@@ -53,6 +57,11 @@ def clean_secret(secret: SecretStr) -> SecretStr:
 def is_masked(secret: SecretStr | None) -> bool:
     """Whether this is what Prefect keeps of a secret in the parameters of a run: asterisks."""
     return secret is not None and set(secret.get_secret_value()) == {"*"}
+
+
+def tagged_owner(tags: Iterable[str]) -> str | None:
+    """Whose something is: the name in the first tag `owner:<name>`; None without such a tag."""
+    return next((tag.removeprefix(OWNER_TAG) for tag in tags if tag.startswith(OWNER_TAG)), None)
 
 
 MASKED_GUIDANCE = (

@@ -12,6 +12,7 @@ from prefect import Flow
 from prefect.utilities.importtools import import_object
 from pydantic import BaseModel, ConfigDict, Field
 
+from blocks.fields import tagged_owner
 from deployments.environments import DeployError, Environment, load_yaml, parse
 from tasks.events import OnceTrigger, read_triggers
 
@@ -105,7 +106,7 @@ class Entry(_Strict):
     @property
     def owner(self) -> str | None:
         """Whose it is: the tag `owner:<name>`."""
-        return next((tag.removeprefix("owner:") for tag in self.tags if tag.startswith("owner:")), None)
+        return tagged_owner(self.tags)
 
     def within(self, environment: Environment) -> Entry:
         """The same deployment as it is in an environment; names of blocks are left as they are."""

@@ -27,6 +27,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from blocks.fields import OWNER_TAG
 from deployments.check_dbt import DbtProject, Failed, requests_of
 from tasks.dbt.lineage import Lineage
 from tasks.jobs import Parameters
@@ -149,7 +150,7 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
         "name": pipeline.name,
         "entrypoint": base["entrypoint"],
         "description": _description(pipeline, [sync for _, sync in feeding], models),
-        "tags": ["elt", "pipeline", *([f"owner:{pipeline.owner}"] if pipeline.owner else [])],
+        "tags": ["elt", "pipeline", *([f"{OWNER_TAG}{pipeline.owner}"] if pipeline.owner else [])],
         "work_pool": base["work_pool"],
         "concurrency_limit": base["concurrency_limit"],
     }

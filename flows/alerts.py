@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from prefect import Flow
@@ -17,6 +17,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.utilities.urls import url_for
 from pydantic import TypeAdapter, ValidationError
 
+from blocks.fields import tagged_owner
 from flows.fan_out import submit
 from flows.parameters import Notify, NotifyList
 from flows.report import EltReport, Report, Step, StepState, node_key
@@ -62,7 +63,7 @@ class Telling:
 
     def refused(self, error: Exception) -> None:
         """Tell that the run could not begin, and why."""
-        self._say([died("could not begin", str(error), owner=_owner(flow_run.tags))])
+        self._say([died("could not begin", str(error), owner=tagged_owner(flow_run.tags))])
 
     def said(self, alarms: list[Alarm], fine: list[str], summary: list[str]) -> None:
         """Tell of what the run has found, where it is no chain of steps.
@@ -142,7 +143,7 @@ async def tell_of_run(
         notify = list(otherwise)
     if not notify:
         return False
-    alarm = died(what, reason, key=key, level=level, owner=owner_of(run))
+    alarm = died(what, reason, key=key, level=level, owner=tagged_owner(run.tags))
     if what != _CANCELLED:  # which cancels them
         alarm = await _with_jobs(alarm, run, log)
     told = (await _about(run, flow_name)).model_copy(update={"alarms": [alarm]})
@@ -197,15 +198,6 @@ async def _with_jobs(alarm: Alarm, run: FlowRun, log: Log) -> Alarm:
 def occasion_of(run: FlowRun) -> str:
     """Which attempt of which run."""
     return f"{run.id}:{run.run_count}"
-
-
-def owner_of(run: FlowRun) -> str | None:
-    """Whose run it is: its tag `owner:<name>`."""
-    return _owner(run.tags)
-
-
-def _owner(tags: Iterable[str]) -> str | None:
-    return next((tag.removeprefix("owner:") for tag in tags if tag.startswith("owner:")), None)
 
 
 async def tell_waiting(notify: Sequence[Notify], question: Question) -> None:
@@ -292,7 +284,7 @@ def bulletin(
         tags=list(tags),
         occasion=occasion,
         alarms=[
-            alarm if alarm.owner else alarm.model_copy(update={"owner": _owner(tags)})
+            alarm if alarm.owner else alarm.model_copy(update={"owner": tagged_owner(tags)})
             for alarm in _with_held(alarms, report)
         ],
         fine=fine,

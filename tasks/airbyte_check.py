@@ -13,6 +13,7 @@ from prefect.logging import get_run_logger
 
 from blocks.airbyte import AirbyteServer
 from blocks.airbyte_model import Connection, Stream
+from blocks.fields import OWNER_TAG
 from blocks.http import NotFoundError
 from blocks.reference import load_block
 from tasks.airbyte_jobs import AirbyteVendor, refuse_unless_active
@@ -108,7 +109,7 @@ def _select(selection: AirbyteConnections, connections: Sequence[Connection]) ->
     found = [c for c in fitting if c not in paused]
     if not found:
         what = f"all {len(paused)} of them are paused" if paused else "there is none"
-        tags = sorted({tag for c in connections for tag in c.tags if not tag.startswith("owner:")})
+        tags = sorted({tag for c in connections for tag in c.tags if not tag.startswith(OWNER_TAG)})
         hint = f" Tags in use: {', '.join(tags[:_SHOWN]) or 'none'}." if selection.tags and not paused else ""
         raise InputError(
             f"Airbyte, {selection.label}: {what}, of {len(connections)} connections that these credentials "
