@@ -43,7 +43,7 @@ class Airbyte:
         self.jobs: dict[int, Job] = {}  # in order of creation
         self.token_requests = 0
         self._tokens: dict[str, float] = {}
-        self._next_job = 1001
+        self.next_job = 1001
         self._workers = Workers(self._cancel_work)
         for spec in catalog.CONNECTIONS:
             self.connections[spec.connection_id] = Connection(
@@ -203,7 +203,7 @@ class Airbyte:
         if outcome == "zero_rows" or job_type not in _LOADS:
             fixed = 0
         timeline = Timeline(phases, end_word, work=Work() if loads else None)
-        job_id, self._next_job = self._next_job, self._next_job + 1
+        job_id, self.next_job = self.next_job, self.next_job + 1
         return Job(
             job_id=job_id,
             job_type=job_type,

@@ -202,7 +202,7 @@ class Census:
         behaviour = CensusBehaviour(duration=job_seconds)
         self.syncs = {spec.sync_id: Sync(spec, behaviour.model_copy()) for spec in catalog.CENSUS_SYNCS}
         self.runs: dict[int, Run] = {}
-        self._next_run = 324_399_613
+        self.next_run = 324_399_613
         self._workers = Workers(self._cancel_work)
 
     def sync(self, key: int | str) -> Sync:
@@ -265,7 +265,7 @@ class Census:
             full = sync.delivered() is None or (full_sync and sync.spec.operation != "append")
             work = Work()
             run = Run(
-                run_id=self._next_run,
+                run_id=self.next_run,
                 sync_id=sync.spec.sync_id,
                 behaviour=behaviour,
                 full_sync=full,
@@ -276,7 +276,7 @@ class Census:
                 skipped=skipped,
                 cancelled=behaviour.outcome == "cancel" and not skipped,
             )
-            self._next_run += 1
+            self.next_run += 1
             sync.runs.append(run)
             self.runs[run.run_id] = run
         if not sync.spec.table:

@@ -20,7 +20,6 @@ from sandbox.timeline import FOREVER, STOP_WITHIN, DbtJobBehaviour, Phase, Timel
 from sandbox.warehouse import Warehouse
 
 QUEUED, STARTING, RUNNING, SUCCESS, ERROR, CANCELLED = "1", "2", "3", "10", "20", "30"
-FIRST_RUN = 70_471_001
 NotRetried = Literal[
     "RETRY_UNSUPPORTED_CMD",
     "RETRY_NOT_LATEST_RUN",
@@ -168,6 +167,7 @@ class DbtCloud:
             for spec in catalog.DBT_JOBS
         }
         self.runs: dict[int, Run] = {}
+        self.next_run = 70_471_001
         self._workers = Workers(self._cancel_work)
         self._stopping = threading.Event()
 
@@ -297,7 +297,7 @@ class DbtCloud:
             docs = overrides.get("generate_docs_override", job.generate_docs)
             steps = plan_steps(commands, behaviour, docs=docs, retrying=retrying.steps if retrying else None)
             run = Run(
-                run_id=FIRST_RUN + len(self.runs),
+                run_id=self.next_run,
                 job=job,
                 cause=cause,
                 overrides=overrides,
@@ -306,6 +306,7 @@ class DbtCloud:
                 retrying=retrying,
                 work=Work() if behaviour.real else None,
             )
+            self.next_run += 1
             self.runs[run.run_id] = run
             job.runs.append(run)
             self._advance(job)

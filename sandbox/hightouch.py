@@ -196,7 +196,7 @@ class Hightouch:
         self.lock = threading.RLock()
         behaviour = SyncBehaviour(duration=job_seconds)
         self.syncs = {spec.sync_id: Sync(spec, behaviour.model_copy()) for spec in catalog.SYNCS}
-        self._next_run = 6134
+        self.next_run = 6134
         self._stopping = threading.Event()
         self._workers = Workers(self._cancel_work)
         self.sequences = Sequences(self, self._workers, self._stopping)
@@ -289,7 +289,7 @@ class Hightouch:
         behaviour = sync.behaviour
         if behaviour.outcome != "succeed" and behaviour.times is not None:
             sync.behaviour = behaviour.used_once()
-        run_id, self._next_run = self._next_run, self._next_run + 1
+        run_id, self.next_run = self.next_run, self.next_run + 1
         return Run(
             run_id=run_id,
             sync_id=sync.spec.sync_id,

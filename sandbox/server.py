@@ -48,6 +48,7 @@ from sandbox.webhooks import Webhooks
 
 HOST = "127.0.0.1"
 _STARTED_WITHIN = 10.0
+_JOBS_PER_START = 100_000
 
 
 class _Protocol(H11Protocol):
@@ -219,11 +220,22 @@ class Sandbox:
         """
         self.state_dir.mkdir(parents=True, exist_ok=True)
         listening = self._bind()
+        self._number_on()
         self._thread = threading.Thread(target=self._run, args=(listening,), name="sandbox", daemon=True)
         self._thread.start()
         if not self._started.wait(_STARTED_WITHIN):
             raise RuntimeError("The sandbox's thread did not come up")
         return self
+
+    def _number_on(self) -> None:
+        """Give no job the id of one from before a restart: its events would be taken for repeats."""
+        file = self.state_dir / "starts"
+        starts = int(file.read_text()) if file.exists() else 0
+        file.write_text(str(starts + 1))
+        skipped = starts * _JOBS_PER_START
+        self.airbyte.next_job += skipped
+        for tool in (self.hightouch, self.census, self.dbt_cloud):
+            tool.next_run += skipped
 
     def stop(self) -> None:
         """Stop serving; connections are cut, jobs that still run are forgotten, nothing is waited for."""

@@ -83,6 +83,18 @@ def test_stop_in_mid_load_leaves_no_trace(sources: Path, tmp_path: Path) -> None
     assert loaded in ([], [(336_776,)])
 
 
+def test_jobs_of_a_restarted_sandbox_have_new_ids(tmp_path: Path) -> None:
+    """A server that remembers job 1001's events would take the next one's for repeats."""
+    seen = []
+    for _ in range(2):
+        with Sandbox(tmp_path, job_seconds=0.05) as box:
+            seen.append(
+                (box.airbyte.next_job, box.hightouch.next_run, box.census.next_run, box.dbt_cloud.next_run)
+            )
+    assert seen[0] == (1001, 6134, 324_399_613, 70_471_001)
+    assert all(after > before for before, after in zip(*seen, strict=True))
+
+
 def test_taken_port_is_said_at_once(box: Sandbox, tmp_path: Path) -> None:
     """Starting on a port that is taken raises in the caller."""
     with pytest.raises(OSError, match="in use"):
