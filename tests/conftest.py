@@ -31,6 +31,8 @@ os.environ.update(
     PREFECT_SERVER_ALLOW_EPHEMERAL_MODE="false",
     PREFECT_LOGGING_LEVEL="INFO",
     DO_NOT_TRACK="1",
+    # Of a server: an event can be asked for after a second, not five.
+    PREFECT_SERVER_SERVICES_EVENT_PERSISTER_FLUSH_INTERVAL="1",
 )
 from prefect.events.worker import EventsWorker  # noqa: E402 - after the settings
 from prefect.logging.handlers import APILogHandler  # noqa: E402

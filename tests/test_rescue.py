@@ -169,7 +169,7 @@ async def test_a_heartbeat_that_came_late(dead: Dead) -> None:
 async def test_a_process_that_outlives_its_crash(dead: Dead) -> None:
     """What was reported was the death of another process: heartbeats go on, and so does the run."""
     run = await dead.run(Pending(), Running(), Crashed())
-    watching = asyncio.create_task(recover(run.id, silent_for=10))
+    watching = asyncio.create_task(recover(run.id, silent_for=30))
     async with asyncio.timeout(90):
         while not watching.done():
             await _beat(dead.client, run)
