@@ -1,7 +1,8 @@
 """Ends a local server whose process was killed: a program of its own, which that process starts.
 
 A process that gets SIGKILL can't stop what it has started, and PostgreSQL and the Prefect server would stay
-for ever. This one waits at a pipe whose other end its parent holds; the kernel closes that when the parent ends.
+for ever. This one waits at a pipe whose other end its parent holds; the kernel closes that when the parent
+ends.
 Unlike Linux's parent-death signal this reaches PostgreSQL, which is no child of ours, and it works on macOS.
 """
 
