@@ -22,7 +22,6 @@ from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.states import Cancelling, Scheduled
-from prefect.utilities.schema_tools.hydration import HydrationContext, hydrate
 
 from deployments.checks import problems_of
 from deployments.entries import Entry, read_entries
@@ -31,9 +30,11 @@ from deployments.steps import change_to_repository
 from flows import elt_chain, sync_connections
 from sandbox import Sandbox, catalog
 from tasks.cancellation import cancel_open_jobs
+from tasks.events import EltEvent, hand_over, read_triggers
 from tests.deployed import (
     BY_HAND,
     CHAIN,
+    PREFECT_FILE,
     REPOSITORY,
     Runs,
     Stage,
@@ -49,6 +50,7 @@ from tests.deployed import (
 pytestmark = pytest.mark.timeout(240)
 
 IDS = {spec.name: spec.connection_id for spec in catalog.CONNECTIONS}
+AFTER_BUILD = "activate/after-build"
 SERVED = "sync-connections/served"
 _SERVE = "from flows import sync_connections; sync_connections.serve(name='served')"
 # What the automations of deployments/automations.yaml add.
@@ -115,6 +117,21 @@ def test_a_reader_understands(entry: Entry) -> None:
     assert all(schedule.timezone for schedule in entry.schedules if schedule.cron)
 
 
+(_ready,) = (
+    one for one in read_triggers(REPOSITORY / PREFECT_FILE) if one.expect == frozenset({"elt.source.ready"})
+)
+
+
+def _source_ready(payload: dict[str, Any]) -> EltEvent:
+    return EltEvent(
+        name="elt.source.ready",
+        key=uuid4().hex,
+        occurred=datetime.now(UTC),
+        resource_id="elt.hook.ready",
+        payload=payload,
+    )
+
+
 @pytest.mark.parametrize(
     ("payload", "connections"),
     [
@@ -128,11 +145,7 @@ def test_a_reader_understands(entry: Entry) -> None:
 )
 def test_event_becomes_syncs(payload: dict[str, Any], connections: list[str]) -> None:
     """The payload's ids, one or many, become the flow's syncs."""
-    (trigger,) = specs()["flights"]["triggers"]
-    context = HydrationContext(
-        raise_on_error=True, render_jinja=True, jinja_context={"event": {"payload": payload}}
-    )
-    rendered = hydrate(trigger["parameters"], context)
+    rendered = _ready.rendered(_source_ready(payload))
     assert rendered["syncs"] == [
         {"tool": "airbyte", "server": "airbyte", "connection_id": IDS[name]} for name in connections
     ]
@@ -206,7 +219,7 @@ def test_deploying_again_changes_nothing(deployed: Runs) -> None:
     """A second deploy keeps ids and the number of automations, and a paused schedule stays paused."""
 
     def snapshot() -> dict[str, Any]:
-        found = {name: deployed.deployment(name) for name in (CHAIN, BY_HAND)}
+        found = {name: deployed.deployment(name) for name in (CHAIN, BY_HAND, AFTER_BUILD)}
         fields = {"id", "parameters", "description", "tags", "pull_steps", "job_variables", "work_pool_name"}
         return {
             name: (
@@ -225,7 +238,7 @@ def test_deploying_again_changes_nothing(deployed: Runs) -> None:
     deploy()
     assert snapshot() == before
     assert before[CHAIN][1] == [(schedule.id, "daily-at-06", False)]
-    assert len(before[CHAIN][2]) == 1
+    assert len(before[AFTER_BUILD][2]) == 1
     assert before[BY_HAND][1:] == ([], [])
 
 
@@ -247,31 +260,16 @@ def test_manual_run_on_a_worker(worker: Runs, stage: Stage) -> None:
     assert [len(stage.box.airbyte.jobs_of(name)) for name in ("airlines", "airports", "flights")] == [1, 1, 0]
 
 
-def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
-    """`elt.source.ready` starts a run with the payload's connections, which a worker takes to the end."""
+async def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
+    """`elt.source.ready`, told twice, starts one run with its connections, which a worker ends."""
     known = {run.id for run in worker.of(CHAIN)}
     # In another order than the deployment's own list, so that it can't be taken for that one.
     ids = sorted(IDS.values(), reverse=True)
-    event = {
-        "id": str(uuid4()),
-        "occurred": datetime.now(UTC).isoformat(),
-        "event": "elt.source.ready",
-        "resource": {"prefect.resource.id": "airbyte.workspace.flights"},
-        "payload": {"connection_ids": ids},
-    }
-    httpx.post(f"{worker.api_url}/events", json=[event]).raise_for_status()
-
-    def begun() -> list[FlowRun]:
-        # More than one is possible: on SQLite an event may fire an automation again. They run one by one.
-        return [run for run in worker.of(CHAIN) if run.id not in known and not run.auto_scheduled]
-
-    def final() -> FlowRun | None:
-        return next((run for run in begun() if run.state and run.state.is_final()), None)
-
-    ended = until("a run that the event has started ends", final, within=90)
-    for again in begun():
-        if again.id != ended.id:
-            worker.client.delete_flow_run(again.id)
+    event = _source_ready({"connection_ids": ids})
+    for _ in range(2):
+        await hand_over([event], [_ready])
+    (begun,) = (run for run in worker.of(CHAIN) if run.id not in known and not run.auto_scheduled)
+    ended = worker.ended(begun.id, within=180)
     assert [sync["connection_id"] for sync in ended.parameters["syncs"]] == ids
     assert ended.state is not None
     assert ended.state.name == "Completed", ended.state.message
