@@ -16,7 +16,7 @@ from uuid import UUID
 import psutil  # type: ignore[import-untyped]
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate, WorkPoolCreate
 from prefect.client.schemas.filters import (
     ArtifactFilter,
     ArtifactFilterFlowRunId,
@@ -154,3 +154,24 @@ def test_a_run_ends(own_server: LocalServer, client: SyncPrefectClient, tmp_path
     assert told["artifacts"] == ["elt-jobs", "elt-report"]
     assert set(told["tasks"].values()) == {"Completed"}
     assert "in the dark" in " ".join(told["tasks"])
+
+
+@pytest.mark.parametrize("at_once", [False, True], ids=["stopped", "killed"])
+def test_a_slot_is_kept(own_server: LocalServer, client: SyncPrefectClient, at_once: bool) -> None:
+    """A slot of a limit that was taken before a restart is known after it: renewed, and given back."""
+    name = f"airbyte-{at_once}"
+    client.create_global_concurrency_limit(GlobalConcurrencyLimitCreate(name=name, limit=1))
+    taken = client._client.post(
+        "/v2/concurrency_limits/increment-with-lease",
+        json={"names": [name], "slots": 1, "mode": "concurrency", "lease_duration": 300},
+    )
+    lease = taken.raise_for_status().json()["lease_id"]
+    own_server.stop_prefect(at_once=at_once)
+    own_server.start_prefect()
+    assert client.read_global_concurrency_limit_by_name(name).active_slots == 1
+    renewed = client._client.post(
+        f"/v2/concurrency_limits/leases/{lease}/renew", json={"lease_duration": 300}
+    )
+    renewed.raise_for_status()
+    client.release_concurrency_slots_with_lease(UUID(lease))
+    assert client.read_global_concurrency_limit_by_name(name).active_slots == 0

@@ -21,6 +21,7 @@ from deployments.server.postgres import Postgres, ServerError
 HOST = "127.0.0.1"
 _START_SECONDS = 120.0
 _STOP_SECONDS = 15.0
+_LEASES = "prefect.server.concurrency.lease_storage.filesystem"
 _GUARD = Path(__file__).with_name("guard.py")
 _GUARD_SECONDS = 150.0  # for a guard to end both servers: PostgreSQL alone may take two minutes
 SERVER_SETTINGS = {
@@ -159,6 +160,9 @@ class LocalServer:
                     "PREFECT_SERVER_DATABASE_CONNECTION_URL": self.postgres.url(),
                     # The pages ask this address; they would ask port 4200 otherwise.
                     "PREFECT_UI_API_URL": self.api_url,
+                    # In memory, the default, slots that are taken at a restart would be taken for ever. Here
+                    # and not in SERVER_SETTINGS: the files are in PREFECT_HOME.
+                    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": _LEASES,
                 },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
