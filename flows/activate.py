@@ -6,28 +6,18 @@ for a trigger on the end of a build. Its blocks: one per account of each tool.
 
 # No `from __future__ import annotations` here: see flows/elt.py.
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated
 
 from prefect import flow
 from pydantic import Field
 
-from flows.alerts import Telling, tell_of_end
-from flows.fan_out import (
-    KNOWN_ERRORS,
-    Checking,
-    conclude,
-    final_state,
-    ids_and_names,
-    publish,
-    refuse,
-    run_each,
-)
+from flows.alerts import tell_of_end
+from flows.jobs_alone import run_jobs
 from flows.parameters import Activation, NotifyList
 from flows.report import EltReport, Step
-from flows.rules import AllowFailure, check_rule
+from flows.rules import AllowFailure
 from tasks.cancellation import cancel_open_jobs
-from tasks.jobs import EventLoopTaskRunner, limit_concurrency
+from tasks.jobs import EventLoopTaskRunner
 
 
 @flow(
@@ -62,18 +52,12 @@ def activate(
         RunFailed: Something failed that the rule does not bear; `.report` has every outcome.
         InputError, BlockNotFound, VendorError: What was asked for can't be run. Nothing was started.
     """
-    limit_concurrency(max_concurrency)
-    began = datetime.now(UTC)
-    telling = Telling(notify)
-    try:
-        checked = Checking(activations).result(allow_failure)
-        telling.checked()
-        check_rule(allow_failure, ids_and_names(found.request for found in checked))
-    except KNOWN_ERRORS as error:
-        telling.refused(error)
-        return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
-    steps = [Step.of_job("activation", job) for job in run_each(checked)]
-    report = conclude(EltReport(steps=steps), allow_failure, began=began)
-    publish(report, "elt-report")
-    telling.ended(report)
-    return final_state(report)  # type: ignore[no-any-return]
+    return run_jobs(  # type: ignore[no-any-return]  # Prefect takes a State for the result in it
+        activations,
+        "activation",
+        lambda jobs: EltReport(steps=[Step.of_job("activation", job) for job in jobs]),
+        key="elt-report",
+        max_concurrency=max_concurrency,
+        allow_failure=allow_failure,
+        notify=notify,
+    )

@@ -24,7 +24,7 @@ from flows.fan_out import (
     ids_and_names,
     publish,
     refuse,
-    refuse_no_syncs,
+    refuse_none,
     run_each,
     steps_of,
     submit,
@@ -106,7 +106,7 @@ def elt_chain(
     try:
         # All at the same time; whichever finds something, nothing has been started yet. A run that goes on
         # after its approval has its syncs and its build behind it.
-        refuse_no_syncs(syncs)
+        refuse_none(syncs, "sync")
         interval = interval_of_run(data_interval)
         transform = given(transform, interval) if transform else None
         checking, checking_activations = Checking(() if progress else syncs), Checking(activations)

@@ -101,14 +101,18 @@ class Checking:
         return in_order
 
 
-def refuse_no_syncs(syncs: Sequence[Parameters]) -> None:
+def refuse_none(requests: Sequence[Parameters], what: str) -> None:
     """An empty list is a mistake, not a run with nothing to do.
+
+    Args:
+        requests: What was asked for.
+        what: One of them in a word, such as `sync`.
 
     Raises:
         InputError: It is empty.
     """
-    if not syncs:
-        raise InputError("There is no sync to run: the list of syncs is empty.")
+    if not requests:
+        raise InputError(f"There is no {what} to run: the list of {what}s is empty.")
 
 
 def ids_and_names(requests: Iterable[Request]) -> list[tuple[str, str]]:

@@ -7,30 +7,19 @@ connections are on.
 # No `from __future__ import annotations` here: `serve()` sends the flow to its process as a pickle, in which
 # the types of its parameters are found only if they are more than text.
 from collections.abc import Sequence
-from datetime import UTC, datetime
 from typing import Annotated
 
 from prefect import flow
 from pydantic import Field
 
-from flows.alerts import Telling, tell_of_end
-from flows.fan_out import (
-    KNOWN_ERRORS,
-    Checking,
-    conclude,
-    final_state,
-    ids_and_names,
-    publish,
-    refuse,
-    refuse_no_syncs,
-    run_each,
-    steps_of,
-)
+from flows.alerts import tell_of_end
+from flows.fan_out import steps_of
+from flows.jobs_alone import run_jobs
 from flows.parameters import NotifyList, Sync
 from flows.report import SyncReport
-from flows.rules import AllowFailure, check_rule
+from flows.rules import AllowFailure
 from tasks.cancellation import cancel_open_jobs
-from tasks.jobs import EventLoopTaskRunner, limit_concurrency
+from tasks.jobs import EventLoopTaskRunner
 
 
 @flow(
@@ -65,20 +54,12 @@ def sync_connections(
         RunFailed: Something failed that the rule does not bear; `.report` has every outcome.
         InputError, BlockNotFound, VendorError: What was asked for can't be run. Nothing was started.
     """
-    limit_concurrency(max_concurrency)
-    began = datetime.now(UTC)
-    telling = Telling(notify)
-    try:
-        refuse_no_syncs(syncs)
-        checked = Checking(syncs).result(allow_failure)
-        telling.checked()
-        check_rule(allow_failure, ids_and_names(found.request for found in checked))
-    except KNOWN_ERRORS as error:
-        telling.refused(error)
-        return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
-    outcomes = run_each(checked)
-    report = SyncReport(outcomes=outcomes, steps=steps_of(outcomes))
-    report = conclude(report, allow_failure, began=began)
-    publish(report, "sync-report")
-    telling.ended(report)
-    return final_state(report)  # type: ignore[no-any-return]
+    return run_jobs(  # type: ignore[no-any-return]  # Prefect takes a State for the result in it
+        syncs,
+        "sync",
+        lambda jobs: SyncReport(outcomes=jobs, steps=steps_of(jobs)),
+        key="sync-report",
+        max_concurrency=max_concurrency,
+        allow_failure=allow_failure,
+        notify=notify,
+    )
