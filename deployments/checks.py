@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import inspect
 import json
@@ -17,15 +16,14 @@ from typing import Any
 from prefect.client.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.events import DeploymentTriggerTypes
 from prefect.exceptions import ParameterTypeError, PrefectException
-from prefect.server.events.actions import RunDeployment
 from prefect.server.events.schemas.events import ReceivedEvent
 from prefect.utilities.importtools import import_object
-from prefect.utilities.schema_tools.hydration import HydrationContext, HydrationError, hydrate
+from prefect.utilities.schema_tools.hydration import HydrationError
 from pydantic import TypeAdapter, ValidationError
 
 from deployments.entries import Entry, Schedule
 from deployments.environments import DeployError
-from tasks.events import OnceTrigger
+from tasks.events import OnceTrigger, render
 
 EXAMPLES = Path(__file__).with_name("examples")
 """An event of each kind that a trigger expects, `<event>.json`, as it is posted to Prefect."""
@@ -197,20 +195,6 @@ def _rendered(entry: Entry, parameters: dict[str, Any], example: Path) -> Iterat
         yield f"its parameters do not render: {_first_line(error)}"
         return
     yield from _parameters(entry, {**entry.parameters, **made}, needs_all=True)
-
-
-def render(parameters: dict[str, Any], event: ReceivedEvent) -> dict[str, Any]:
-    """A trigger's parameters for an event, by Prefect's own code.
-
-    Raises:
-        HydrationError: A template does not render, or not to JSON where it must.
-    """
-    # Prefect has the steps of `RunDeployment.render_parameters` only together with its API.
-    RunDeployment._register_filters_if_needed()  # noqa: SLF001
-    upgraded = copy.deepcopy(parameters)
-    RunDeployment._upgrade_v1_templates(upgraded)  # noqa: SLF001
-    context = HydrationContext(raise_on_error=True, render_jinja=True, jinja_context={"event": event})
-    return hydrate(upgraded, context)
 
 
 # -- pull steps ---------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ and acknowledges to its sender only when that has returned.
 
 from tasks.events.hand_over import hand_over
 from tasks.events.model import EltEvent, HandedOver, HandOverError, Related, StartedRun
-from tasks.events.triggers import OnceTrigger, TriggerFailed, TriggersWrong, read_triggers
+from tasks.events.triggers import OnceTrigger, TriggerFailed, TriggersWrong, read_triggers, render
 
 __all__ = [
     "EltEvent",
@@ -23,4 +23,5 @@ __all__ = [
     "TriggersWrong",
     "hand_over",
     "read_triggers",
+    "render",
 ]

@@ -55,7 +55,7 @@ class TriggerFailed(Exception):
 
 
 class _Template(RunDeployment):
-    """The parameters of Prefect's own action, rendered without a server."""
+    """The parameters of Prefect's own action, tried and rendered without a server."""
 
     def problem(self) -> str | None:
         """What is wrong with the templates, as far as that can be known without an event."""
@@ -71,23 +71,30 @@ class _Template(RunDeployment):
                     return f"the template knows `event`, but not {', '.join(sorted(unknown))}"
         return None
 
-    def render(self, event: ReceivedEvent) -> dict[str, Any]:
-        """The parameters for an event.
-
-        Raises:
-            HydrationError: A template does not render, or not to JSON where it must.
-        """
-        self._register_filters_if_needed()
+    @classmethod
+    def render(cls, parameters: dict[str, Any], event: ReceivedEvent) -> dict[str, Any]:
+        cls._register_filters_if_needed()
         context = HydrationContext(raise_on_error=True, render_jinja=True, jinja_context={"event": event})
-        return hydrate(self._upgraded(), context)
+        return hydrate(cls._upgraded(parameters), context)
 
-    def _upgraded(self) -> dict[str, Any]:
-        parameters = copy.deepcopy(self.parameters) or {}
-        self._upgrade_v1_templates(parameters)
-        return parameters
+    @classmethod
+    def _upgraded(cls, parameters: dict[str, Any]) -> dict[str, Any]:
+        upgraded = copy.deepcopy(parameters)
+        cls._upgrade_v1_templates(upgraded)
+        return upgraded
 
     def _placeholders(self) -> list[Any]:
-        return self._collect_placeholders(hydrate(self._upgraded(), HydrationContext()))
+        return self._collect_placeholders(hydrate(self._upgraded(self.parameters or {}), HydrationContext()))
+
+
+def render(parameters: dict[str, Any], event: ReceivedEvent) -> dict[str, Any]:
+    """A trigger's parameters for an event, by Prefect's own code: a once trigger's or one of Prefect's.
+
+    Raises:
+        HydrationError: A template does not render, or not to JSON where it must.
+    """
+    # Without making an action of them: that would look at the templates first, and refuse in other words.
+    return _Template.render(parameters, event)
 
 
 class OnceTrigger(BaseModel):
@@ -151,7 +158,7 @@ class OnceTrigger(BaseModel):
                 replace by a variable or a block: a sender must not be able to name those.
         """
         try:
-            parameters = self._template.render(received(event))
+            parameters = render(self.parameters, received(event))
         except HydrationError as error:
             raise TriggerFailed(str(error)) from error
         for key in _KINDS:
