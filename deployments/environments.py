@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from tasks.environment import PREFIX_VARIABLE
+
 FILE = Path(__file__).with_name("environments.yaml")
 
 SCHEMA_VARIABLE = "ELT_SCHEMA"
@@ -76,7 +78,8 @@ class Environment(Settings):
     def variables(self) -> dict[str, str]:
         """The environment variables of every run."""
         schema = {SCHEMA_VARIABLE: self.schema_name} if self.schema_name else {}
-        return {**self.env, **schema}
+        prefix = {PREFIX_VARIABLE: self.prefix} if self.prefix else {}
+        return {**self.env, **schema, **prefix}
 
     def deployment_name(self, name: str) -> str:
         """The name here of a deployment that the files call so; `flow/name` stays `flow/…`."""

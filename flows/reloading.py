@@ -10,7 +10,6 @@ from prefect.client.schemas.filters import FlowFilter, FlowFilterName
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from prefect.logging import get_run_logger
-from prefect.runtime import deployment
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flows.elt import elt_chain
@@ -22,6 +21,7 @@ from tasks.dbt.choice import words
 from tasks.dbt.lineage import Lineage, LineageNode
 from tasks.dbt.model import DbtPlan
 from tasks.dbt_core import DbtCore
+from tasks.environment import prefix_here
 from tasks.fivetran import FivetranSync
 from tasks.jobs import Checked, InputError
 from tasks.tools import TOOLS, TRANSFORMS
@@ -48,7 +48,7 @@ class Pipeline(BaseModel):
 
 
 def pipeline_of(name: str) -> Pipeline:
-    """The pipeline that a deployment is.
+    """The pipeline that a deployment is; first that of this run's own environment.
 
     Args:
         name: The deployment's, `elt-chain/flights` or just `flights`.
@@ -60,7 +60,7 @@ def pipeline_of(name: str) -> Pipeline:
     flow_name, own = (flow_name, own) if slash else (elt_chain.name, flow_name)
     with get_client(sync_client=True) as client:
         found = (
-            [_deployment(client, f"{flow_name}/{prefix}{own}") for prefix in (_prefix(), "")]
+            [_deployment(client, f"{flow_name}/{prefix}{own}") for prefix in (prefix_here(), "")]
             if flow_name == elt_chain.name
             else []
         )
@@ -83,12 +83,6 @@ def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | No
         return client.read_deployment_by_name(name)
     except ObjectNotFound:
         return None
-
-
-def _prefix() -> str:
-    """What stands before the names of all deployments of this one's environment, such as `dev.`."""
-    prefix, dot, _ = (deployment.name or "").rpartition(".")
-    return f"{prefix}{dot}"
 
 
 def narrowed(

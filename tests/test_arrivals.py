@@ -7,17 +7,17 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterKey
 from pydantic import ValidationError
 
+from deployments.environments import Environment
 from flows import looking
 from flows.looking import s3_arrivals
 from tasks.events import EltEvent, HandedOver, HandOverError, OnceTrigger, TriggersWrong
-from tasks.looking import arrivals, triggers
+from tasks.looking import arrivals
 from tasks.looking.arrivals import CREATED_TOGETHER, Look, S3Prefix, look_at_prefix
 from tasks.looking.memory import MemoryUnreadable, memory_name
 from tasks.looking.notices import CREATED
@@ -286,20 +286,18 @@ def test_flow_says_what_it_found(landing: Landing, target: Target, monkeypatch: 
 
 @pytest.mark.no_server
 @pytest.mark.parametrize(
-    ("deployed_as", "started"),
+    ("prefix", "started"),
     [
-        ("landing", "elt-chain/flights"),
-        ("dev.landing", "elt-chain/dev.flights"),
-        ("my-branch.landing", "elt-chain/my-branch.flights"),
-        (None, "elt-chain/flights"),
-        ("of-my-own", "elt-chain/flights"),
+        ("", "elt-chain/flights"),
+        ("dev.", "elt-chain/dev.flights"),
+        ("my-branch.", "elt-chain/my-branch.flights"),
+        ("dev-", "elt-chain/dev-flights"),
     ],
 )
-def test_environments_are_apart(
-    deployed_as: str | None, started: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A look of an environment starts the deployments of that environment."""
-    monkeypatch.setattr(triggers, "deployment", SimpleNamespace(name=deployed_as))
+def test_environments_are_apart(prefix: str, started: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A look of an environment starts the deployments of that environment, however its prefix ends."""
+    for name, value in Environment(name="here", prefix=prefix).variables.items():
+        monkeypatch.setenv(name, value)  # as `make deploy` has it in every run of the environment
     found = triggers_here(["deployments/prefect.yaml"])
     assert [one.deployment for one in found if "files have landed" in one.name] == [started]
 

@@ -65,7 +65,8 @@ def test_what_an_environment_changes() -> None:
     found = entry().within(here)
     assert found.full_name == "dbt-build/dev.daily" == here.deployment_name("dbt-build/daily")
     assert found.work_pool.name == "small"
-    assert found.work_pool.job_variables == {"env": {"TZ": "UTC", "REGION": "eu", "ELT_SCHEMA": "dev"}}
+    env = {"TZ": "UTC", "REGION": "eu", "ELT_SCHEMA": "dev", "ELT_PREFIX": "dev."}
+    assert found.work_pool.job_variables == {"env": env}
     assert found.parameters["notify"] == []
     assert "activations" not in found.parameters
     assert found.owner == "flight-ops"

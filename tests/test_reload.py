@@ -14,7 +14,9 @@ import duckdb
 import pytest
 from prefect.client.orchestration import get_client
 
+from deployments.environments import Environment
 from flows import EltReport, StepState, elt_chain, reload
+from flows.reloading import pipeline_of
 from sandbox import Sandbox
 from tasks.airbyte_jobs import AirbyteVendor
 from tasks.jobs import InputError, read_entries
@@ -146,6 +148,29 @@ def test_incremental_keeps_what_is_there(box: Sandbox, pipeline: Project) -> Non
     assert after["planes"] == before["planes"]
     assert after["counted"] != before["counted"]
     assert after["airlines"] == before["airlines"]
+
+
+@pytest.mark.parametrize("prefix", ["dev.", "dev-", "my-branch."])
+def test_environments_are_apart(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reload of an environment takes the pipeline of that environment, however its prefix ends."""
+    limits = {"kept-apart": 1, f"{prefix}kept-apart": 2}
+    with get_client(sync_client=True) as client:
+        flow_id = client.create_flow(elt_chain)
+        made = [
+            client.create_deployment(
+                flow_id, name, parameters={"syncs": sync_parameters("planes"), "max_concurrency": limit}
+            )
+            for name, limit in limits.items()
+        ]
+        try:
+            assert pipeline_of("kept-apart").max_concurrency == 1
+            for name, value in Environment(name="here", prefix=prefix).variables.items():
+                monkeypatch.setenv(name, value)  # as `make deploy` has it in every run of the environment
+            assert pipeline_of("kept-apart").max_concurrency == 2
+            assert pipeline_of(f"elt-chain/{prefix}kept-apart").max_concurrency == 2
+        finally:
+            for deployment_id in made:
+                client.delete_deployment(deployment_id)
 
 
 def test_killed_between_reset_and_reload(

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-from prefect.runtime import deployment
-
+from tasks.environment import prefix_here
 from tasks.events import OnceTrigger, read_triggers
 
 
@@ -22,16 +20,4 @@ def triggers_here(files: Sequence[str]) -> tuple[OnceTrigger, ...]:
     Raises:
         TriggersWrong: A file can't be read, or an entry can't be used.
     """
-    paths = [Path(file) for file in files]
-    read = read_triggers(*paths)  # says what is wrong with a file before its names are looked at
-    prefix = _prefix(deployment.name, paths)
-    return read_triggers(*paths, prefix=prefix) if prefix else read
-
-
-def _prefix(deployed_as: str | None, files: Sequence[Path]) -> str:
-    """What `make deploy` has put before the names of this environment's deployments."""
-    if deployed_as is None:
-        return ""
-    names = {entry["name"] for file in files for entry in yaml.safe_load(file.read_text())["deployments"]}
-    fitting = [name for name in names if deployed_as.endswith(name)]
-    return deployed_as.removesuffix(max(fitting, key=len)) if fitting else ""
+    return read_triggers(*(Path(file) for file in files), prefix=prefix_here())
