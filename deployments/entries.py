@@ -197,4 +197,6 @@ def load_triggers(environment: Environment, files: Sequence[Path] = FILES) -> tu
     Raises:
         TriggersWrong: A file can't be read, or an entry can't be used.
     """
-    return read_triggers(*files, prefix=environment.prefix) if environment.triggers else ()
+    if not environment.triggers:
+        return ()
+    return read_triggers(*files, prefix=environment.prefix, without=environment.without)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deployments.entries import TRIGGER_MARK, Entry, read_entries
+from deployments.entries import TRIGGER_MARK, Entry, load_triggers, read_entries
 from deployments.environments import (
     DeployError,
     Environments,
@@ -72,6 +72,28 @@ def test_what_an_environment_changes() -> None:
     assert found.owner == "flight-ops"
     assert [trigger["name"] for trigger in found.triggers] == ["dev.when asked"]
     assert [trigger["name"] for trigger in found.once_triggers] == ["dev.when it came"]
+
+
+def test_what_is_left_out_is_not_started(tmp_path: Path) -> None:
+    """No event starts a deployment that an environment is without, or any where its triggers are off."""
+    file = tmp_path / "prefect.yaml"
+    other = {**ENTRY, "name": "hourly", "once_triggers": [{"name": "when more came", "expect": ["c"]}]}
+    entries = [{**one, "entrypoint": "flows/transform.py:build_project"} for one in (ENTRY, other)]
+    file.write_text(yaml.safe_dump({"deployments": entries}))
+    found = environments(
+        environments={
+            "prod": {},
+            "dev": {"prefix": "dev-", "without": ["hourly"]},
+            "quiet": {"prefix": "q-", "triggers": False},
+        }
+    )
+
+    def started(name: str) -> list[str]:
+        return [trigger.deployment for trigger in load_triggers(found.named(name), [file])]
+
+    assert started("prod") == ["dbt-build/daily", "dbt-build/hourly"]
+    assert started("dev") == ["dbt-build/dev-daily"]
+    assert started("quiet") == []
 
 
 def test_a_branch() -> None:

@@ -11,7 +11,7 @@ What covers an event and what a template renders to is decided by Prefect's own 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -200,20 +200,22 @@ def received(event: EltEvent) -> ReceivedEvent:
     )
 
 
-def read_triggers(*files: Path, prefix: str = "") -> tuple[OnceTrigger, ...]:
+def read_triggers(*files: Path, prefix: str = "", without: Collection[str] = ()) -> tuple[OnceTrigger, ...]:
     """The once triggers of all deployments in these files.
 
     Args:
         files: Such as `deployments/prefect.yaml`.
         prefix: What stands before the names of deployments and triggers on the server, as in an environment
             that shares it with others.
+        without: Deployments, by their names in the files, that are not on the server. Their triggers are
+            left out, unread.
 
     Raises:
         TriggersWrong: A file can't be read, or an entry can't be used.
     """
     found: dict[str, OnceTrigger] = {}
     for file in files:
-        for trigger in _of_file(file, prefix):
+        for trigger in _of_file(file, prefix, without):
             if (other := found.get(trigger.name)) is not None:
                 raise TriggersWrong(
                     f"{file}: there are two once triggers {trigger.name!r}, of {other.deployment} and of "
@@ -223,7 +225,7 @@ def read_triggers(*files: Path, prefix: str = "") -> tuple[OnceTrigger, ...]:
     return tuple(found.values())
 
 
-def _of_file(file: Path, prefix: str) -> Iterator[OnceTrigger]:
+def _of_file(file: Path, prefix: str, without: Collection[str]) -> Iterator[OnceTrigger]:
     try:
         document = yaml.safe_load(file.read_text())
     except OSError as error:
@@ -236,6 +238,8 @@ def _of_file(file: Path, prefix: str) -> Iterator[OnceTrigger]:
     ):
         raise TriggersWrong(f"{file} has no list of deployments with a name each")
     for entry in entries:
+        if entry["name"] in without:
+            continue
         given = entry.get("once_triggers") or []
         where = f"{file}: deployment {entry['name']}, once_triggers"
         if not isinstance(given, list):
