@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 from typing import Any
 
-import boto3
 import pytest
 from moto.core import DEFAULT_ACCOUNT_ID
 from moto.s3.models import s3_backends
-from moto.server import ThreadedMotoServer
 from prefect import flow
 from prefect_aws import AwsCredentials, MinIOCredentials, S3Bucket
 from prefect_aws.client_parameters import AwsClientParameters
@@ -36,8 +33,9 @@ from tasks.s3 import (
     s3_wait_for,
 )
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
+from tests.looking_fixtures import aws, aws_client
 
-__all__ = ["collected"]
+__all__ = ["aws", "collected"]
 
 pytestmark = [
     *PREFECTS_SOCKETS,
@@ -52,8 +50,7 @@ class Store:
 
     def __init__(self, endpoint: str, name: str) -> None:
         self.endpoint, self.name = endpoint, name
-        session = boto3.Session("a-key", "a-secret-key", region_name="us-east-1")
-        self.s3 = session.client("s3", endpoint_url=endpoint)
+        self.s3 = aws_client("s3", endpoint)
         self.s3.create_bucket(Bucket=name)
 
     def block(self, folder: str = "", name: str | None = None, **credentials: Any) -> S3Bucket:
@@ -74,20 +71,10 @@ class Store:
         return [found["Key"] for page in pages for found in page.get("Contents", [])]
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
 @pytest.fixture
-def store(endpoint: str, request: pytest.FixtureRequest) -> Iterator[Store]:
+def store(aws: str, request: pytest.FixtureRequest) -> Iterator[Store]:
     name = f"landing-{abs(hash(request.node.name)):x}"
-    made = Store(endpoint, name)
+    made = Store(aws, name)
     yield made
     made.s3.close()
 

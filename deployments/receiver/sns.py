@@ -27,30 +27,14 @@ from deployments.receiver.source import TryAgain
 
 _HOST = re.compile(r"sns\.[a-z]{2,4}(-[a-z]+)+-\d{1,2}\.amazonaws\.com(\.cn)?")
 _HASHES: dict[str, hashes.HashAlgorithm] = {"1": hashes.SHA1(), "2": hashes.SHA256()}  # noqa: S303 - SNS's default
+_OF_A_SUBSCRIPTION = ("Message", "MessageId", "SubscribeURL", "Timestamp", "Token", "TopicArn", "Type")
 _SIGNED = {
     "Notification": ("Message", "MessageId", "Subject", "Timestamp", "TopicArn", "Type"),
-    "SubscriptionConfirmation": (
-        "Message",
-        "MessageId",
-        "SubscribeURL",
-        "Timestamp",
-        "Token",
-        "TopicArn",
-        "Type",
-    ),
-    "UnsubscribeConfirmation": (
-        "Message",
-        "MessageId",
-        "SubscribeURL",
-        "Timestamp",
-        "Token",
-        "TopicArn",
-        "Type",
-    ),
+    "SubscriptionConfirmation": _OF_A_SUBSCRIPTION,
+    "UnsubscribeConfirmation": _OF_A_SUBSCRIPTION,
 }
-_OLDEST = timedelta(
-    hours=24
-)  # SNS tries for up to 23 days, but only where it is asked to; an hour by default
+# SNS tries for up to 23 days, but only where it is asked to; an hour by default.
+_OLDEST = timedelta(hours=24)
 _KEPT = 16  # certificates
 _LARGEST = 20_000  # bytes of a certificate
 
