@@ -26,13 +26,15 @@ STATE ?= .sandbox
 
 setup: $(READY)
 
-# uv is ten times faster than pip; pip does as well where uv can't reach the index.
+# uv is ten times faster than pip; pip does as well where uv can't reach the index. Where Python writes no
+# bytecode each process would compile Prefect anew, unless it is done here, as pip does.
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"elt-flows needs Python 3.11, 3.12 or 3.13; {sys.executable} is {v[0]}.{v[1]}. Say which: make PYTHON=python3.12 ...")'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV) (once)"
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv 2>/dev/null || true
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[dev]' 2>/dev/null \
+	@$(BIN)/uv pip install --quiet $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode) \
+	  --python $(BIN)/python -c constraints.txt -e '.[dev]' 2>/dev/null \
 	  || $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 

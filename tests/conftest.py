@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from blocks import AirbyteServer
     from sandbox import Sandbox
 
+# The tests start hundreds of processes, each of which would compile all that it imports.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 # Set before prefect is imported: its settings are read once.
 _HOME = tempfile.mkdtemp(prefix="elt-flows-tests-")
 Path(_HOME).chmod(0o755)  # started by root, PostgreSQL runs as another user, who has to enter it
