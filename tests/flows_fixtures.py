@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from pathlib import Path
 from typing import Any
 from uuid import UUID
 
@@ -21,6 +22,7 @@ from prefect_slack import SlackCredentials, SlackWebhook
 
 from blocks import AirbyteServer, CensusCredentials, HightouchCredentials, PagerDutyRouting
 from sandbox import Sandbox, catalog
+from tests.dbt_project import Project
 from tests.sandbox_fixtures import IDS, box, sources
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "starts",
     "sync_parameters",
     "task_runs",
+    "two_models",
 ]
 
 
@@ -74,6 +77,43 @@ def sync_parameters(*names: str, **policy: Any) -> list[dict[str, Any]]:
         {"tool": "airbyte", "server": "airbyte", "connection_id": IDS[name], "policy": policy}
         for name in names or IDS
     ]
+
+
+def two_models(folder: Path, *, below_places: str = "102") -> Project:
+    """A dbt project with a model on each of two connections, and an exposure for each activation.
+
+    Args:
+        folder: Where it is written.
+        below_places: The activation that is built on the airports.
+    """
+    project = Project(folder)
+    project.write(
+        "models/schema.yml",
+        f"""
+        sources:
+          - name: airlines
+            schema: raw_airlines
+            config: {{meta: {{airbyte_connection_id: {IDS["airlines"]}}}}}
+            tables: [{{name: airlines}}]
+          - name: airports
+            schema: raw_airports
+            tables: [{{name: airports}}]
+        exposures:
+          - name: carriers
+            type: application
+            owner: {{name: flight-ops}}
+            config: {{meta: {{hightouch_sync_id: 101}}}}
+            depends_on: [ref('carriers')]
+          - name: places
+            type: application
+            owner: {{name: weather-desk}}
+            config: {{meta: {{hightouch_sync_id: {below_places}}}}}
+            depends_on: [ref('places')]
+        """,
+    )
+    project.model("carriers", "select * from {{ source('airlines', 'airlines') }}")
+    project.model("places", "select * from {{ source('airports', 'airports') }}")
+    return project
 
 
 def starts(box: Sandbox) -> int:

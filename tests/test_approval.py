@@ -37,7 +37,7 @@ from tasks.dbt_core import DbtCore, DbtNode, dbt_build
 from tests.dbt_project import Project
 from tests.deployed import Runs as DeployedRuns
 from tests.deployed import background, prefect, until
-from tests.flows_fixtures import IDS, Runs, box, sources, starts, sync_parameters
+from tests.flows_fixtures import Runs, box, sources, starts, sync_parameters, two_models
 from tests.flows_fixtures import runs as plain_runs
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
@@ -480,45 +480,12 @@ def worker(folder: Path, log: str) -> AbstractContextManager[None]:
     return background(command, folder / log, PREFECT_WORKER_QUERY_SECONDS="1")
 
 
-def shop(folder: Path) -> Project:
-    """A project with a model of airlines and one of airports, each under an activation."""
-    project = Project(folder)
-    project.write(
-        "models/schema.yml",
-        f"""
-        sources:
-          - name: airlines
-            schema: raw_airlines
-            config: {{meta: {{airbyte_connection_id: {IDS["airlines"]}}}}}
-            tables: [{{name: airlines}}]
-          - name: airports
-            schema: raw_airports
-            config: {{meta: {{airbyte_connection_id: {IDS["airports"]}}}}}
-            tables: [{{name: airports}}]
-        exposures:
-          - name: places
-            type: application
-            owner: {{name: weather-desk}}
-            config: {{meta: {{hightouch_sync_id: {CRM}}}}}
-            depends_on: [ref('places')]
-          - name: carriers
-            type: application
-            owner: {{name: flight-ops}}
-            config: {{meta: {{hightouch_sync_id: 101}}}}
-            depends_on: [ref('carriers')]
-        """,
-    )
-    project.model("carriers", "select * from {{ source('airlines', 'airlines') }}")
-    project.model("places", "select * from {{ source('airports', 'airports') }}")
-    return project
-
-
 def test_on_a_worker(box: Sandbox, runs: Runs, pool: str, client: SyncPrefectClient, tmp_path: Path) -> None:
     """Suspended, a run holds neither process nor slot; answered under another worker, it repeats nothing.
 
     Not even what failed: what goes on is what was approved.
     """
-    project = shop(tmp_path / "shop")
+    project = two_models(tmp_path / "shop", below_places=CRM)
     box.airbyte.set("airlines", outcome="fail", times=1)
     other = {"tool": "hightouch", "credentials": "hightouch", "sync_id": "101"}
     asked = chain(

@@ -28,7 +28,6 @@ from flows import EltReport, RunFailed, StepState, SyncReport, elt_chain, sync_c
 from sandbox import Sandbox, catalog
 from tasks.airbyte import AirbyteSync
 from tasks.jobs import JobPolicy, JobState
-from tests.dbt_project import Project
 from tests.flows_fixtures import (
     IDS,
     Runs,
@@ -38,6 +37,7 @@ from tests.flows_fixtures import (
     starts,
     sync_parameters,
     task_runs,
+    two_models,
 )
 
 __all__ = ["box", "runs", "sources"]
@@ -63,41 +63,9 @@ def _artifact(run_id: Any, key: str) -> str:
     return str(found[-1].data)
 
 
-def _tiny(folder: Path) -> Project:
-    """A dbt project with a model on each of two connections, and an exposure for each activation."""
-    project = Project(folder)
-    project.write(
-        "models/schema.yml",
-        f"""
-        sources:
-          - name: airlines
-            schema: raw_airlines
-            config: {{meta: {{airbyte_connection_id: {IDS["airlines"]}}}}}
-            tables: [{{name: airlines}}]
-          - name: airports
-            schema: raw_airports
-            tables: [{{name: airports}}]
-        exposures:
-          - name: carriers
-            type: application
-            owner: {{name: flight-ops}}
-            config: {{meta: {{hightouch_sync_id: 101}}}}
-            depends_on: [ref('carriers')]
-          - name: places
-            type: application
-            owner: {{name: weather-desk}}
-            config: {{meta: {{hightouch_sync_id: 102}}}}
-            depends_on: [ref('places')]
-        """,
-    )
-    project.model("carriers", "select * from {{ source('airlines', 'airlines') }}")
-    project.model("places", "select * from {{ source('airports', 'airports') }}")
-    return project
-
-
 def _chain(box: Sandbox, folder: Path, **changes: Any) -> dict[str, Any]:
     """A small chain as JSON: two connections, two models, two activations, Slack."""
-    project = _tiny(folder)
+    project = two_models(folder)
     with duckdb.connect(str(box.warehouse.path)) as db:
         db.execute("create schema if not exists marts")
         db.execute("create or replace table marts.mart_carrier_scorecard as select 1 as carrier")
@@ -465,7 +433,7 @@ def test_a_killed_run_attaches_to_what_it_started(
         _wait_for(lambda: starts(box) == 2 and _reached(moment, box, run_id))
         process.send_signal(signal.SIGKILL)
     if moment == "dbt":
-        project = _tiny(tmp_path / "dbt")
+        project = two_models(tmp_path / "dbt")
         _wait_for(lambda: _unlocked(box))
         assert project.folder.exists()
 
