@@ -23,7 +23,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 
 from tasks.dbt.build import Build
-from tasks.dbt.checks import check_end, locked, look_at, nothing_selected
+from tasks.dbt.checks import check_end, locked, look_at, nothing_selected, nothing_to_look_at
 from tasks.dbt.freshness import Freshness, FreshnessCheck, SourceAge, SourcesStale
 from tasks.dbt.invocation import command_line, read_lineage, runs_kind
 from tasks.dbt.lineage import Lineage, LineageNode
@@ -205,13 +205,10 @@ async def dbt_freshness(dbt: DbtCore) -> Freshness:
         DbtError: dbt could not run at all, or no source that is selected has a threshold.
     """
     await asyncio.to_thread(look_at, dbt)
-    result = await FreshnessCheck(dbt.without_full_refresh, []).run()
+    check = FreshnessCheck(dbt.without_full_refresh, [])
+    result = await check.run()
     if not result.sources:
-        words = " ".join(dbt.selection()) or "the project"
-        raise DbtInputError(
-            f"No source of {words} in {dbt.project} has a freshness threshold: give it `freshness` with"
-            " warn_after or error_after, and a loaded_at_field."
-        )
+        raise DbtInputError(nothing_to_look_at(dbt, check.lineage))
     if result.failed:
         raise SourcesStale(result)
     return result

@@ -274,7 +274,7 @@ class TestChoice:
             ("fct_order", r"no 'fct_order' in the dbt project\. Do you mean fct_orders"),
             ("zzz", r"no 'zzz' in the dbt project\. There are: colours, dim\.v1, dim\.v2, fct_kept"),
             ("unique", "no 'unique'"),
-            ("dim", "'dim' is model.shop.dim.v1 and model.shop.dim.v2: say which"),
+            ("dim", r"'dim' can be dim\.v1 or dim\.v2: say which"),
         ],
     )
     def test_what_is_not_there_is_refused(self, lineage: Lineage, named: str, sentence: str) -> None:

@@ -9,25 +9,22 @@ from typing import Any
 
 import yaml
 
+from tasks.dbt.lineage import Lineage
 from tasks.dbt.model import DbtCore, DbtError, DbtInputError, one_line
 from tasks.dbt.process import DbtProcess
 
-# dbt's exceptions about what is written in files or on the command line: no second try mends them.
+# dbt's exceptions about what is written in files or on the command line, and about packages that are not
+# installed, each with all that are derived from it: no second try mends them.
 _USERS_ERRORS = frozenset(
     {
-        "AmbiguousAliasError",
         "CompilationError",
-        "DbtProfileError",
-        "DbtProjectError",
-        "DbtSelectorsError",
+        "DbtConfigError",
         "DbtUsageException",
         "DbtValidationError",
-        "DuplicateResourceNameError",
-        "EnvVarMissingError",
+        "DependencyError",
+        "InvalidSelectorError",
         "ParsingError",
-        "TargetNotFoundError",
-        "UndefinedMacroError",
-        "YamlParseDictError",
+        "VersionsNotCompatibleError",
     }
 )
 
@@ -56,13 +53,15 @@ def look_at(dbt: DbtCore) -> str:
         )
     project, profiles = _yaml(file), _yaml(profiles_file)
     called = str(project.get("name"))
-    name = project.get("profile")
+    said = dbt.variable("DBT_PROFILE")
+    name = said or project.get("profile")
     if not isinstance(name, str) or "{{" in name:
         return called  # rendered by dbt, which will tell
     if name not in profiles:
         known = ", ".join(sorted(key for key in profiles if key != "config")) or "none"
         raise DbtInputError(
-            f"Profile {name!r} (of {file}) is not in {profiles_file}; profiles there: {known}."
+            f"Profile {name!r} (of {'DBT_PROFILE' if said else file}) is not in {profiles_file};"
+            f" profiles there: {known}."
         )
     outputs = (profiles[name] or {}).get("outputs") or {}
     if dbt.target and dbt.target not in outputs:
@@ -92,6 +91,17 @@ def nothing_selected(dbt: DbtCore) -> str:
     )
 
 
+def nothing_to_look_at(dbt: DbtCore, lineage: Lineage | None) -> str:
+    """The sentence about a project, or a selection, of which no source can be too old."""
+    if lineage is not None and not lineage.sources:
+        return f"The dbt project {dbt.project} has no sources, so there is no age to be looked at."
+    words = " ".join(dbt.selection()) or "the project"
+    return (
+        f"No source of {words} in {dbt.project} has a freshness threshold: give it `freshness` with"
+        " warn_after or error_after, and a loaded_at_field."
+    )
+
+
 def check_end(end: dict[str, Any] | None, process: DbtProcess, command: str, done: int = 0) -> None:
     """Raise unless dbt came to a proper end.
 
@@ -109,9 +119,11 @@ def check_end(end: dict[str, Any] | None, process: DbtProcess, command: str, don
     if end is not None:
         text = str(end["error"])
         # dbt has no class of its own for a selector that is not there.
-        users = end.get("kind") in _USERS_ERRORS or "Could not find selector" in text
+        users = not _USERS_ERRORS.isdisjoint(end.get("kinds", ())) or "Could not find selector" in text
         wrong = DbtInputError if users else DbtError
-        raise wrong(locked(text) or f"dbt {command} could not run: {one_line(text, 800)}")
+        raise wrong(
+            locked(text) or _no_selector(text) or f"dbt {command} could not run: {one_line(text, 800)}"
+        )
     code = process.exit_code or 0
     after = f" after {done} nodes" if done else ""
     if code < 0:
@@ -120,6 +132,18 @@ def check_end(end: dict[str, Any] | None, process: DbtProcess, command: str, don
         raise DbtError(f"dbt {command} was killed by {name}{after}{hint}.")
     last = process.stderr.splitlines()[-1:] or ["it said nothing"]
     raise DbtError(f"dbt {command} broke off with exit code {code}{after}: {one_line(last[0], 800)}")
+
+
+def _no_selector(text: str) -> str | None:
+    """What is wrong with a selector's name, with those that there are; None if the text is not about that."""
+    found = re.search(r"Could not find selector named (.+?), expected one of \[(.*)\]", text)
+    if not found:
+        return None
+    there = found[2].replace("'", "") or "none, or there is no such file"
+    return (
+        f"The dbt project has no selector {found[1]!r}; those in its selectors.yml: {there}."
+        " Name one of them, or no selector and a select list."
+    )
 
 
 def locked(text: str) -> str | None:

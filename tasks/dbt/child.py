@@ -35,7 +35,9 @@ def record_of(result: Any) -> dict[str, Any]:
     config = getattr(node, "config", None)
     return {
         "id": node.unique_id,
-        "name": node.name if str(node.resource_type) != "operation" else _hook_name(node),
+        "name": _hook_name(node)
+        if str(node.resource_type) == "operation"
+        else _name(node.unique_id, node.name),
         "kind": str(node.resource_type),
         "status": str(result.status),
         "message": message,
@@ -92,6 +94,11 @@ def rows_of(kind: str, response: dict[str, Any], message: str | None) -> int | N
     if kind == "seed" and (found := re.fullmatch(r"[A-Z]+ (\d+)", message or "")):
         return int(found[1])
     return None
+
+
+def _name(unique_id: str, name: str) -> str:
+    # Versions of a model have their name in common: `model.shop.dim.v2` is called `dim.v2`.
+    return unique_id.split(".", 2)[2] if unique_id.startswith("model.") else name
 
 
 def _hook_name(node: Any) -> str:
@@ -163,7 +170,7 @@ class Reporter:
         self.send(
             t=what,
             id=node.unique_id,
-            name=name or node.node_name,
+            name=name or _name(node.unique_id, node.node_name),
             kind=node.resource_type,
             hidden=node.materialized == "ephemeral",
             **more,
@@ -255,7 +262,8 @@ def run(request: dict[str, Any], reporter: Reporter) -> None:
 def send_end(reporter: Reporter, success: bool, exception: BaseException | None) -> None:
     """Send the last record."""
     error = main_message(exception) if exception is not None else None
-    reporter.send(t="end", success=success, error=error, kind=type(exception).__name__)
+    kinds = [kind.__name__ for kind in type(exception).__mro__]
+    reporter.send(t="end", success=success, error=error, kinds=kinds)
 
 
 def what_is_left(request: dict[str, Any], selection: list[str], reporter: Reporter) -> list[str] | None:

@@ -93,6 +93,9 @@ def _one(
     if len(found) == 1:
         return found[0]
     if found:
+        names = sorted({_name(node) for node in found})
+        if len(names) == len(found):
+            raise DbtInputError(f"{name!r} can be {' or '.join(names)}: say which.")
         raise DbtInputError(
             f"{name!r} is {listed(sorted(node.unique_id for node in found))}: say which, by its unique id."
         )

@@ -170,11 +170,15 @@ class DbtCore(ToolParameters):
         """The project folder, absolute."""
         return self.project_dir.expanduser().absolute()
 
+    def variable(self, name: str) -> str | None:
+        """What dbt will find in its environment under this name; None if that is nothing."""
+        return self.env.get(name, os.environ.get(name)) or None
+
     def find_profiles_dir(self) -> Path:
         """Where profiles.yml is looked for: dbt's own rules, seen from the project folder."""
         if self.profiles_dir is not None:
             return self.profiles_dir.expanduser().absolute()
-        if configured := self.env.get("DBT_PROFILES_DIR") or os.environ.get("DBT_PROFILES_DIR"):
+        if configured := self.variable("DBT_PROFILES_DIR"):
             return Path(configured).expanduser().absolute()
         return self.project if (self.project / "profiles.yml").is_file() else Path.home() / ".dbt"
 
