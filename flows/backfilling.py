@@ -14,6 +14,7 @@ from prefect.runtime import flow_run
 
 from flows.fan_out import submit
 from tasks.backfill_memory import BackfillTable, IntervalRecord, IntervalState, artifact_key, done_before
+from tasks.dbt.folders import target_of
 from tasks.dbt.memory import build_id
 from tasks.dbt.model import DbtBuildFailed, DbtCore, DbtNode, DbtPlan, DbtResult, DbtState, one_line
 from tasks.dbt.parts import Parts, parsed_alike
@@ -177,5 +178,4 @@ def for_interval(dbt: DbtCore, interval: DataInterval, folder: Path) -> DbtCore:
 
 def target_folder(dbt: DbtCore) -> Path:
     """Where a backfill's dbt processes write: each of those at a time in a folder of its own in it."""
-    own = dbt.target_path or Path(dbt.env.get("DBT_TARGET_PATH") or "target")
-    return own / "backfill"
+    return target_of(dbt) / "backfill"

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 from tasks.dbt.child import invoke, main_message, record_of, written_out
+from tasks.dbt.folders import target_of
 from tasks.dbt.lineage import Lineage
 from tasks.dbt.model import DbtCore, DbtError, DbtNode, DbtResult, one_line
 from tasks.dbt.nodes import Blame, node_from, state_of
@@ -86,5 +87,5 @@ def _run(dbt: DbtCore, exclude: list[str], env: dict[str, str]) -> tuple[list[di
             os.environ.clear()
             os.environ.update(before)
     records = [record_of(result) for result in getattr(outcome.result, "results", None) or []]
-    manifest = dbt.project / (dbt.target_path or settings.target_path) / "manifest.json"
+    manifest = target_of(dbt) / "manifest.json"
     return records, Lineage.from_manifest(json.loads(manifest.read_bytes()))

@@ -8,7 +8,7 @@ import re
 import time
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from prefect.logging import get_run_logger
@@ -165,7 +165,7 @@ class Invocation:
     def compiled(self, record: dict[str, Any]) -> str | None:
         """The file with a node's compiled SQL, seen from the project; None if dbt has not written any."""
         if (told := record.get("compiled_path")) is not None:
-            return str(PurePath(told))  # without the `/./` that it has in the path of a hook
+            return self._seen(Path(told))
         node = self.lineage.nodes.get(record["id"]) if self.lineage else None
         if node is None or not node.compiled or self.manifest is None:
             return None
@@ -174,7 +174,16 @@ class Invocation:
             file = file.with_suffix("")  # a file for each batch of a microbatch model
             if not file.is_dir():
                 return None
-        return str(file.relative_to(self.dbt.project) if file.is_relative_to(self.dbt.project) else file)
+        return self._seen(file)
+
+    def _seen(self, file: Path) -> str:
+        for project in (
+            self.dbt.project,
+            self.dbt.project.resolve(),
+        ):  # dbt's own paths have no links in them
+            if file.is_relative_to(project):
+                return str(file.relative_to(project))
+        return str(file)
 
     def _log(self, record: dict[str, Any]) -> None:
         if self.runs.log(record["id"], record["level"], record["text"]) or record["id"]:

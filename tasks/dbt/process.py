@@ -16,6 +16,7 @@ from typing import Any
 
 import anyio
 
+from tasks.dbt.folders import led_out
 from tasks.dbt.model import DbtCore, DbtError
 
 _CHILD = Path(__file__).with_name("child.py")
@@ -148,12 +149,13 @@ async def surroundings(dbt: DbtCore) -> AsyncIterator[tuple[Path, dict[str, str]
         text = await asyncio.to_thread((directory / "profiles.yml").read_text)
     except OSError:
         text = ""  # dbt says it better, and DBT_PROFILES_DIR in a .env of its own is possible
+    own = {**await asyncio.to_thread(led_out, dbt), **dbt.env}
     if not _TEMPLATED.search(text):
-        yield directory, {**os.environ, **dbt.env}
+        yield directory, {**os.environ, **own}
         return
     with ExitStack() as stack:
         directory, env = await asyncio.to_thread(_resolve, dbt, directory, stack)
-        yield directory, {**env, **dbt.env}
+        yield directory, {**env, **own}
 
 
 def _resolve(dbt: DbtCore, directory: Path, stack: ExitStack) -> tuple[Path, dict[str, str]]:

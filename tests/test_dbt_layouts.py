@@ -1,0 +1,272 @@
+"""dbt projects that are laid out as other people lay out theirs: the jobs run on them, or say why not."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from prefect.client.schemas.objects import State
+
+from flows import build_project, full_refresh, smoke_test, source_freshness
+from tasks.dbt.folders import led_out, target_of
+from tasks.dbt_core import DbtBuildFailed, DbtCore, DbtInputError, DbtResult, check_dbt
+from tests.dbt_project import Project
+from tests.flows_fixtures import task_runs
+
+pytestmark = [
+    pytest.mark.usefixtures("warm_dbt"),
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
+    ),
+]
+
+
+def fill(project: Project) -> Project:
+    """What other people's projects have: versions, a package, a Python model, a snapshot; no sources."""
+    project.write("seeds/colours.csv", "id,name\n1,red\n2,green\n")
+    project.write("dbt_packages/paints/dbt_project.yml", "{name: paints, version: '1.0'}")
+    project.write("dbt_packages/paints/models/mixed.sql", "select 3 as id, 'brown' as name")
+    project.write("packages.yml", "packages: [{local: ../paints}]")
+    project.model("dim_v1", "select id from {{ ref('colours') }}")
+    project.model(
+        "dim_v2",
+        "{{ config(materialized='incremental', unique_key='id') }} select id, name, now() as at_time"
+        " from {{ ref('colours') }} union all select *, now() from {{ ref('mixed') }}",
+    )
+    project.write(
+        "models/in_python.py",
+        """
+        def model(dbt, session):
+            print("what a model prints must not land in what dbt reports")
+            return dbt.ref("dim", v=2).df()
+        """,
+    )
+    project.write(
+        "snapshots/kept.yml",
+        """
+        snapshots:
+          - name: kept
+            relation: ref('colours')
+            config: {unique_key: id, strategy: check, check_cols: all, schema: snaps}
+        """,
+    )
+    project.write(
+        "models/schema.yml",
+        """
+        models:
+          - name: dim
+            latest_version: 2
+            versions: [{v: 1}, {v: 2}]
+            columns: [{name: id, data_tests: [unique]}]
+        """,
+    )
+    return project
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """In a folder with blanks and letters that are not ASCII, reached by a link, its output elsewhere."""
+    folder = tmp_path_factory.mktemp("layouts")
+    project = fill(Project(folder / "Projekt größer 数据"))
+    project.set(**{"target-path": "out/target", "log-path": "out/logs"})
+    (folder / "link").symlink_to(project.folder)
+    project.folder = folder / "link"
+    return project
+
+
+@pytest.fixture(scope="module")
+def built(prefect_server: str, theirs: Project) -> State[Any]:
+    """How its full build ended."""
+    state: State[Any] = build_project(dbt=theirs.core(), retries=0, return_state=True)
+    return state
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Project:
+    project = Project(tmp_path / "shop")
+    project.model("a", "select 1 as id")
+    project.model("b", "select no_such_column from {{ ref('a') }}")
+    return project
+
+
+def told(state: State[Any]) -> Any:
+    return state.result(raise_on_failure=False)
+
+
+def results(state: State[Any]) -> dict[str, str]:
+    found = told(state)
+    assert isinstance(found, DbtResult | DbtBuildFailed), state.message
+    nodes = found.nodes if isinstance(found, DbtResult) else found.result.nodes
+    return {node.name: node.state.value for node in nodes}
+
+
+class TestTheirs:
+    def test_the_full_build(self, theirs: Project, built: State[Any]) -> None:
+        """Every kind of node, and the versions of a model told apart: as nodes, and as task runs."""
+        assert results(built) == dict.fromkeys(
+            (
+                "colours",
+                "mixed",
+                "dim.v1",
+                "dim.v2",
+                "in_python",
+                "kept",
+                "unique_dim_v1_id",
+                "unique_dim_v2_id",
+            ),
+            "success",
+        )
+        assert built.state_details.flow_run_id is not None
+        runs = {run.name for run in task_runs(built.state_details.flow_run_id, until=9)}
+        assert {"model dim.v1", "model dim.v2", "model in_python", "snapshot kept"} <= runs
+        assert (theirs.folder / "out/target/manifest.json").is_file()
+        assert not {"target", "logs"} & {path.name for path in theirs.folder.iterdir()}
+
+    def test_the_smoke_test_without_selectors(self, theirs: Project) -> None:
+        """What `dbt` selects takes the place of a selector."""
+        state = smoke_test(dbt=theirs.core(select=["dim.v2"]), selector=None, retries=0, return_state=True)
+        assert state.name == "Completed", state.message
+        seeds, smoke = told(state)
+        assert {node.name for node in seeds.nodes} == {"colours"}
+        assert {node.name for node in smoke.nodes} == {"dim.v2", "unique_dim_v2_id"}
+
+    @pytest.mark.usefixtures("built")
+    def test_the_full_refresh(self, theirs: Project) -> None:
+        """Of one version of a model, and not of the other."""
+        state = full_refresh(dbt=theirs.core(), models=["dim.v2"], retries=0, return_state=True)
+        assert state.name == "Completed", state.message
+        (result,) = told(state)
+        assert {node.name for node in result.nodes} == {"dim.v2", "unique_dim_v2_id"}
+        with duckdb.connect(str(theirs.warehouse), read_only=True) as db:
+            assert db.execute("select count(*), count(distinct at_time) from dim_v2").fetchone() == (3, 1)
+
+    def test_the_freshness_of_sources_that_it_has_not(self, theirs: Project) -> None:
+        """The run says that there are none, and not that they lack a threshold."""
+        state = source_freshness(dbt=theirs.core(), retries=0, return_state=True)
+        assert state.name == "Failed"
+        assert (state.message or "").endswith("has no sources, so there is no age to be looked at.")
+
+    def test_a_failed_node_names_its_compiled_file(self, theirs: Project) -> None:
+        """Seen from the project, also where it is reached by a link."""
+        theirs.model("broken", "select no_such_column from {{ ref('colours') }}")
+        state = build_project(dbt=theirs.core(select=["broken"]), retries=0, return_state=True)
+        (node,) = told(state).result.nodes
+        (theirs.folder / "models/broken.sql").unlink()
+        assert node.compiled_path == "out/target/compiled/shop/models/broken.sql"
+
+
+@pytest.mark.no_server
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("change", "settings", "sentence"),
+        [
+            (
+                lambda p: p.write("packages.yml", "packages: [{local: ../paints}]"),
+                {},
+                r'1 package\(s\) specified in packages\.yml, but only 0 .* Run "dbt deps" to install',
+            ),
+            (lambda p: p.set(profile="{{ var('must') }}"), {}, "Required var 'must' not found in config"),
+            (
+                lambda p: None,
+                {"selector": "smoke"},
+                r"no selector 'smoke'; those in its selectors\.yml: none, or there is no such file",
+            ),
+            (
+                lambda p: p.write(
+                    "selectors.yml", "selectors: [{name: x, definition: a}, {name: y, definition: b}]"
+                ),
+                {"selector": "smoke"},
+                r"no selector 'smoke'; those in its selectors\.yml: x, y\. Name one",
+            ),
+            (
+                lambda p: None,
+                {"env": {"DBT_PROFILE": "office"}},
+                r"Profile 'office' \(of DBT_PROFILE\) .* there: shop",
+            ),
+            (lambda p: None, {"env": {"DBT_LOG_FORMAT": "loud"}}, "'loud' is not one of"),
+        ],
+        ids=["deps", "variable", "no selectors", "other selectors", "profile", "flag"],
+    )
+    async def test_what_a_retry_does_not_mend(
+        self, plain: Project, change: Callable[[Project], Any], settings: dict[str, Any], sentence: str
+    ) -> None:
+        """The sentence says what is missing, and the error is of the kind that is not tried again."""
+        change(plain)
+        dbt = DbtCore.model_validate({**plain.core().model_dump(), **settings})
+        dbt = dbt.model_copy(update={"env": {**plain.core().env, **dbt.env}})
+        with pytest.raises(DbtInputError, match=sentence):
+            await check_dbt(dbt)
+
+
+class TestSurroundings:
+    def test_what_dbt_reads_in_the_environment_does_not_deafen_us(
+        self, plain: Project, tmp_path: Path
+    ) -> None:
+        """Its log silenced, its artifacts switched off or led elsewhere: the nodes still come out right."""
+        odd = {
+            "DBT_LOG_FORMAT": "json",
+            "DBT_LOG_LEVEL": "error",
+            "DBT_QUIET": "1",
+            "DBT_PRINT": "0",
+            "DBT_WRITE_JSON": "0",
+            "DBT_WARN_ERROR": "1",
+            "DBT_TARGET_PATH": str(tmp_path / "elsewhere"),
+            "DBT_PROJECT_DIR": "/no/such/folder",
+        }
+        env = {**plain.core().env, **odd}
+        state = build_project(dbt=plain.core(env=env), retries=0, return_state=True)
+        assert results(state) == {"a": "success", "b": "error"}
+        compiled = {node.name: node.compiled_path for node in told(state).result.nodes}["b"]
+        assert compiled == str(tmp_path / "elsewhere/compiled/shop/models/b.sql")
+
+    async def test_a_profile_in_the_home_folder(
+        self, plain: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Is found there; without one it is said where one was looked for."""
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.delenv("DBT_PROFILES_DIR", raising=False)
+        (tmp_path / ".dbt").mkdir()
+        shutil.move(plain.folder / "profiles.yml", tmp_path / ".dbt" / "profiles.yml")
+        assert (await check_dbt(plain.core())).adapter == "duckdb"
+        (tmp_path / ".dbt" / "profiles.yml").unlink()
+        with pytest.raises(DbtInputError, match=rf"No profiles\.yml in {tmp_path}/\.dbt"):
+            await check_dbt(plain.core())
+
+
+class TestReadOnly:
+    @pytest.fixture
+    def sealed(self, plain: Project, monkeypatch: pytest.MonkeyPatch) -> Project:
+        """A project into which nobody may write, root included."""
+        plain.warehouse = plain.folder.parent / "warehouse.duckdb"
+        allowed = os.access
+        monkeypatch.setattr(
+            "tasks.dbt.folders.os.access",
+            lambda path, mode: not Path(path).is_relative_to(plain.folder) and allowed(path, mode),
+        )
+        return plain
+
+    def test_it_is_built_and_left_as_it_was(self, sealed: Project) -> None:
+        """What dbt writes goes to Prefect's own folder, one for each project."""
+        before = sorted(sealed.folder.rglob("*"))
+        state = build_project(dbt=sealed.core(), retries=0, return_state=True)
+        assert results(state) == {"a": "success", "b": "error"}
+        assert sorted(sealed.folder.rglob("*")) == before
+        compiled = {node.name: node.compiled_path for node in told(state).result.nodes}["b"]
+        assert compiled == str(target_of(sealed.core()) / "compiled/shop/models/b.sql")
+        assert Path(os.environ["PREFECT_HOME"], "dbt") in target_of(sealed.core()).parents
+
+    @pytest.mark.no_server
+    def test_what_is_said_about_folders_holds(self, sealed: Project, tmp_path: Path) -> None:
+        """A folder that was named, in whichever way, is not exchanged for another."""
+        assert set(led_out(sealed.core())) == {"DBT_TARGET_PATH", "DBT_LOG_PATH"}
+        assert set(led_out(sealed.core(target_path=tmp_path))) == {"DBT_LOG_PATH"}
+        assert set(led_out(sealed.core(env={"DBT_LOG_PATH": "x"}))) == {"DBT_TARGET_PATH"}
+        sealed.set(**{"target-path": str(tmp_path / "t"), "log-path": "{{ env_var('LOGS') }}"})
+        assert led_out(sealed.core()) == {}
+        assert target_of(sealed.core()) == tmp_path / "t"
