@@ -28,6 +28,7 @@ from tasks.jobs import (
     Request,
     without_traceback,
 )
+from tasks.jobs.attempt import end_if_superseded
 from tasks.limits import check_limits
 from tasks.tools import TOOLS
 
@@ -185,7 +186,11 @@ def conclude(report: R, rule: AllowFailure, *, began: datetime) -> R:
         report: With its steps.
         rule: How much failure the run may bear.
         began: When the run began.
+
+    Raises:
+        Superseded: Another attempt is at work, and the end is for it to tell. A worker's process ends.
     """
+    end_if_superseded()
     good = all(step.good for step in report.steps)
     tolerated = bears(rule, report.steps)
     ending = "Completed" if good else "PartiallyRefreshed" if tolerated else "Failed"

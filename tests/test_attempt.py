@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 from uuid import UUID
 
 import pytest
-from prefect import flow
+from prefect import flow, task
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
+from prefect.context import FlowRunContext
 from prefect.states import Crashed, Paused, Running, Scheduled
 
-from tasks.jobs import Entry, RunJournal, read_entries
-from tasks.jobs.attempt import Superseded
+from tasks.jobs import Entry, EventLoopTaskRunner, RunJournal, read_entries
+from tasks.jobs.attempt import Superseded, end_if_superseded
 from tests.deployed import REPOSITORY
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
@@ -122,3 +123,37 @@ async def test_a_workers_process_ends_without_a_word() -> None:
         after = await client.read_flow_run(run.id)
     assert after.state is not None
     assert after.state.name == "Running"
+
+
+@task
+async def a_step() -> None:
+    """Stands for any: a build, an activation."""
+    _done.append("a step")
+
+
+_done: list[str] = []
+
+
+@flow(task_runner=EventLoopTaskRunner())
+def asleep() -> list[str]:
+    """Its run is given to another attempt before it has begun its step."""
+    context = FlowRunContext.get()
+    assert context is not None
+    assert context.flow_run is not None
+    with get_client(sync_client=True) as client:
+        for state in (Scheduled(), Running()):
+            client.set_flow_run_state(context.flow_run.id, state, force=True)
+    stopped = []
+    for what in (lambda: a_step.submit().result(), end_if_superseded):
+        try:
+            what()
+        except Superseded as error:
+            stopped.append(str(error))
+    return stopped
+
+
+def test_no_step_begins_and_no_end_is_told() -> None:
+    """What starts no vendor's job is not started either, and a flow does not come to telling its end."""
+    said = "Attempt 2 of this run has begun; this is attempt 1, and starts nothing."
+    assert asleep() == [said, said]
+    assert _done == []

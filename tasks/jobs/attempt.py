@@ -3,6 +3,9 @@
 A process that was taken for dead may come back: a machine that was suspended, a network that was cut. By then
 another attempt of the run may be at work, which has attached to its jobs. Starting more of them is that one's
 business, and so is the run's state: what this process told Prefect would be taken for news of the other.
+
+So it looks before it writes down that it will start a job (`tasks.jobs.journal`), before any task begins if
+it has not looked for some seconds (`tasks.jobs.loop`), and before a flow tells how it has ended.
 """
 
 from __future__ import annotations
@@ -14,10 +17,12 @@ from contextlib import suppress
 from itertools import pairwise
 from uuid import UUID
 
-from prefect.client.orchestration import PrefectClient
+from httpx import HTTPError
+from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.context import FlowRunContext
 from prefect.logging.handlers import APILogHandler
+from prefect.utilities.asyncutils import run_coro_as_sync
 
 _LAST_WORDS = 5.0  # seconds for the log to be sent
 
@@ -63,6 +68,27 @@ async def stop_if_superseded(client: PrefectClient, flow_run_id: UUID, attempt: 
             await APILogHandler.aflush()
     # Any other exit code is a crash to the worker, of the run that goes on.
     os._exit(0)
+
+
+def end_if_superseded() -> None:
+    """The same for the flow run that runs here, from its own thread; nothing outside of a flow run.
+
+    A server that can't be asked has nothing against it.
+
+    Raises:
+        Superseded: Another attempt has begun, and this process is not the run's alone.
+    """
+    context, attempt = FlowRunContext.get(), current_attempt()
+    if context is None or context.flow_run is None or attempt == 0:
+        return
+    flow_run_id = context.flow_run.id
+
+    async def look() -> None:
+        async with get_client() as client:
+            await stop_if_superseded(client, flow_run_id, attempt)
+
+    with suppress(HTTPError):
+        run_coro_as_sync(look())
 
 
 async def _only_paused(client: PrefectClient, run: FlowRun, attempt: int) -> bool:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast
 from uuid import UUID
 
+from httpx import HTTPError
 from prefect._internal.result_records import ResultRecord
 from prefect._internal.uuid7 import uuid7
 from prefect.client.schemas.objects import FlowRun, RunInput, State
@@ -37,11 +38,14 @@ from prefect.tasks import Task
 from prefect.utilities.annotations import quote
 from prefect.utilities.collections import StopVisiting, visit_collection
 
+from tasks.jobs.attempt import current_attempt, stop_if_superseded
+
 Interrupt = Literal["cancelled", "terminated"]
 T = TypeVar("T")
 
 _API_SECONDS = 3.0  # for the one question to the API when a flow run is interrupted
 _REPEAT_SECONDS = 0.5  # in which a second SIGINT is the same Ctrl-C, passed on by make or a supervisor
+_LOOK_SECONDS = 15.0  # that a look at the run is good for; who is taken for dead has been silent for longer
 _CLOSE_SECONDS = 5.0  # for everything that was registered with `add_closer`
 
 
@@ -78,6 +82,9 @@ class LoopSession:
         self.interrupt: Interrupt | None = None
         flow_context = FlowRunContext.get()
         self._flow_run: FlowRun | None = flow_context.flow_run if flow_context else None
+        self._attempt = current_attempt()
+        self._looked = 0.0
+        self._looking = asyncio.Lock()
         self._closers = AsyncExitStack()
         self._grace = cancel_grace
         self._logger = logger
@@ -231,12 +238,25 @@ class LoopSession:
         async with thread, slot:
             if self._stopping:
                 raise asyncio.CancelledError
+            await self._stop_if_superseded()
             current_session.set(self)
             if not call.task.isasync:
                 return await self._run_in_thread(call)
             AsyncClientContext.__var__.set(self._client)
             # return_type="state", so it is one; the signature can't tell.
             return cast("State[Any]", await run_task_async(**call.engine_arguments()))
+
+    async def _stop_if_superseded(self) -> None:
+        """Start nothing after a sleep in which the run was given to another process."""
+        if self._flow_run is None:
+            return
+        async with self._looking:  # one for all that begin at this moment
+            # The clock on the wall: the others stand still while a machine is suspended.
+            if abs(time.time() - self._looked) < _LOOK_SECONDS:
+                return
+            with suppress(HTTPError):  # a server that is away has nothing against it
+                await stop_if_superseded(self._client.client, self._flow_run.id, self._attempt)
+            self._looked = time.time()
 
     async def _run_in_thread(self, call: Submission) -> State[Any]:
         outcome: concurrent.futures.Future[State[Any]] = concurrent.futures.Future()
