@@ -170,3 +170,81 @@ def _all_is_closed(runs: Runs, run: UUID) -> None:
         return all(one.state and one.state.is_final() for one in found)
 
     until("every task run has ended", closed)
+
+
+@pytest.mark.timeout(900)
+def test_a_machine_that_slept_and_wakes(runs: Runs, stage: Stage, tmp_path: Path) -> None:
+    """Its runs were rescued meanwhile: its processes start nothing, tell nothing, and end without a word."""
+    # One run has a sync to start yet when the machine wakes, the other has only its end to tell.
+    stage.add("starts", 2, outcome="stuck")
+    stage.add("ends", 1, outcome="stuck")
+    names = ("starts", "ends")
+    pages = len(stage.box.slack.messages)
+    with machine(tmp_path / "asleep.log") as asleep:
+        begun = [runs.start(BY_HAND, syncs=stage.syncs(name), max_concurrency=1) for name in names]
+        until(
+            "a job of each runs",
+            lambda: [stage.statuses(name) for name in names] == [["running"]] * 2,
+            within=180,
+        )
+        first = [runs.process(run) for run in begun]
+        sleeping = _stand_still(asleep)
+
+        with machine(tmp_path / "awake.log"):
+            for run in begun:
+                runs.start(RECOVER, flow_run_id=str(run), silent_for=5, delay=10)
+            second = [_second_attempt(runs, run, old) for run, old in zip(begun, first, strict=True)]
+            # They stand still while the first ones wake: what happens then is those ones' doing.
+            stopped = [member for process in second for member in _stand_still(process)]
+            before = [_names(runs, run) for run in begun]
+            for name in names:
+                _finish_all(stage, name)
+            _go_on(sleeping)
+            for process in first:
+                until("a first process ends", lambda process=process: not process.is_running(), within=180)  # type: ignore[misc]
+            said, log = "this is attempt 1, and starts nothing", tmp_path / "asleep.log"
+            until("both have said why", lambda: log.read_text().count(said) == 2)
+            assert [_names(runs, run) for run in begun] == before
+            assert stage.statuses("starts") == ["succeeded"]
+            # Of the rescues people are told, of nothing else.
+            assert all("the run* crashed" in message.text for message in stage.box.slack.messages[pages:])
+
+            _go_on(stopped)
+            until("the other sync", lambda: sorted(stage.statuses("starts")) == ["running", "succeeded"], 180)
+            _finish_all(stage, "starts")
+            for run, states in zip(begun, before, strict=True):
+                assert runs.ended(run, within=180).run_count == 2
+                assert _names(runs, run) == [*states, "Completed"]
+                _all_is_closed(runs, run)
+    assert stage.statuses("starts") == ["succeeded"] * 2  # one job for each connection
+    assert stage.statuses("ends") == ["succeeded"]
+    assert stage.cancels("starts") + stage.cancels("ends") == [0, 0, 0]
+
+
+def _second_attempt(runs: Runs, run: UUID, sleeper: psutil.Process) -> psutil.Process:
+    """The process of a run's second attempt, once there is one."""
+
+    def another() -> psutil.Process | None:
+        found = runs.process(run)
+        return found if found != sleeper and runs.read(run).run_count == 2 else None
+
+    return until("another attempt runs", another, within=300)
+
+
+def _stand_still(process: psutil.Process) -> list[psutil.Process]:
+    """Suspend a process and all that it has started."""
+    family = _family(process)
+    for member in family:
+        member.suspend()
+    return family
+
+
+def _go_on(family: list[psutil.Process]) -> None:
+    for member in family:
+        member.resume()
+
+
+def _finish_all(stage: Stage, name: str) -> None:
+    for connection in stage.groups[name]:
+        for job in stage.box.airbyte.jobs_of(connection):
+            job.timeline.finish("succeeded")
