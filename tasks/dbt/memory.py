@@ -145,7 +145,7 @@ async def read_records(
 
 
 class Recorder:
-    """Writes a build's record while the build runs, every half second and never more than 5 % of the time.
+    """Writes a build's record while the build runs, every half second and no more than a sixth of the time.
 
     Args:
         record: What is known at the beginning.
@@ -197,7 +197,7 @@ class Recorder:
             await self._news.wait()
             took = await self._write()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._closed.wait(), max(_PAUSE, 20 * took))
+                await asyncio.wait_for(self._closed.wait(), max(_PAUSE, 5 * took))
         if self._news.is_set():
             await self._write()
 
