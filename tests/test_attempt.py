@@ -115,8 +115,11 @@ async def test_a_workers_process_ends_without_a_word() -> None:
         cwd=REPOSITORY,
         env={**os.environ, "PREFECT__FLOW_RUN_ID": str(run.id)},
         stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
     )
-    said, _ = await process.communicate()
+    said, logged = await process.communicate()
+    assert b"Attempt 2 of this run has begun; this is attempt 1, and starts nothing." in logged
+    assert b"Traceback" not in logged
     assert said.decode().splitlines() == ["still the last"]
     assert process.returncode == 0
     async with get_client() as client:

@@ -62,7 +62,9 @@ async def stop_if_superseded(client: PrefectClient, flow_run_id: UUID, attempt: 
     message = f"Attempt {run.run_count} of this run has begun; this is attempt {attempt}, and starts nothing."
     if os.environ.get("PREFECT__FLOW_RUN_ID") != str(flow_run_id):
         raise Superseded(message)
-    logging.getLogger("prefect.flow_runs").error(message, extra={"flow_run_id": str(flow_run_id)})
+    # The console's format has both; without the name it would print a traceback in place of the message.
+    names = {"flow_run_id": str(flow_run_id), "flow_run_name": run.name}
+    logging.getLogger("prefect.flow_runs").error(message, extra=names)
     with suppress(TimeoutError):
         async with asyncio.timeout(_LAST_WORDS):
             await APILogHandler.aflush()
