@@ -272,6 +272,9 @@ def test_a_server_is_killed(
     until("the flow has begun", (tmp_path / "begun").exists, PATIENT)
     for number in range(101, 121):
         emit(a, "tests.happened", number)
+    post(a, "v2/concurrency_limits/", name="airbyte", limit=1)
+    slot = {"names": ["airbyte"], "slots": 1, "mode": "concurrency", "lease_duration": 300}
+    lease = post(a, "v2/concurrency_limits/increment-with-lease", **slot)["lease_id"]
     production.processes["A"].kill()
     production.processes["A"].wait()
     (tmp_path / "killed").touch()
@@ -285,6 +288,10 @@ def test_a_server_is_killed(
     until("every event has a run", lambda: len(numbers(b, triggered, above=100)) >= 40, PATIENT)
     time.sleep(3)
     assert numbers(b, triggered, above=100) == Counter(range(101, 141))
+
+    b.post(f"v2/concurrency_limits/leases/{lease}/renew", json={"lease_duration": 300}).raise_for_status()
+    b.post("v2/concurrency_limits/decrement-with-lease", json={"lease_id": lease}).raise_for_status()
+    assert b.get("v2/concurrency_limits/airbyte").json()["active_slots"] == 0
 
 
 def test_example_has_no_secret() -> None:
