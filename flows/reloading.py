@@ -48,23 +48,20 @@ class Pipeline(BaseModel):
 
 
 def pipeline_of(name: str) -> Pipeline:
-    """The pipeline that a deployment is; first that of this run's own environment.
+    """The pipeline that a deployment is, of this run's own environment and of no other.
 
     Args:
-        name: The deployment's, `elt-chain/flights` or just `flights`.
+        name: The deployment's, `elt-chain/flights` or just `flights`; with the environment's prefix or
+            without.
 
     Raises:
         InputError: There is no such deployment of `elt-chain`.
     """
     flow_name, slash, own = name.partition("/")
     flow_name, own = (flow_name, own) if slash else (elt_chain.name, flow_name)
+    here = own if own.startswith(prefix_here()) else f"{prefix_here()}{own}"
     with get_client(sync_client=True) as client:
-        found = (
-            [_deployment(client, f"{flow_name}/{prefix}{own}") for prefix in (prefix_here(), "")]
-            if flow_name == elt_chain.name
-            else []
-        )
-        base = next((each for each in found if each), None)
+        base = _deployment(client, f"{flow_name}/{here}") if flow_name == elt_chain.name else None
         if base is None:
             of_chain = FlowFilter(name=FlowFilterName(any_=[elt_chain.name]))
             there = sorted(each.name for each in client.read_deployments(flow_filter=of_chain))

@@ -168,6 +168,9 @@ def test_environments_are_apart(prefix: str, monkeypatch: pytest.MonkeyPatch) ->
                 monkeypatch.setenv(name, value)  # as `make deploy` has it in every run of the environment
             assert pipeline_of("kept-apart").max_concurrency == 2
             assert pipeline_of(f"elt-chain/{prefix}kept-apart").max_concurrency == 2
+            client.delete_deployment(made.pop())
+            with pytest.raises(InputError, match="There is no pipeline 'kept-apart'"):
+                pipeline_of("kept-apart")
         finally:
             for deployment_id in made:
                 client.delete_deployment(deployment_id)
