@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # Set before prefect is imported: its settings are read once.
 _HOME = tempfile.mkdtemp(prefix="elt-flows-tests-")
+atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 Path(_HOME).chmod(0o755)  # started by root, PostgreSQL runs as another user, who has to enter it
 
 _PORT = free_port()
