@@ -79,12 +79,18 @@ def sync_parameters(*names: str, **policy: Any) -> list[dict[str, Any]]:
     ]
 
 
-def two_models(folder: Path, *, below_places: str = "102") -> Project:
+def two_models(
+    folder: Path,
+    *,
+    below_carriers: str = "hightouch_sync_id: 101",
+    below_places: str = "hightouch_sync_id: 102",
+) -> Project:
     """A dbt project with a model on each of two connections, and an exposure for each activation.
 
     Args:
         folder: Where it is written.
-        below_places: The activation that is built on the airports.
+        below_carriers: The activations that are built on the airlines.
+        below_places: Those on the airports.
     """
     project = Project(folder)
     project.write(
@@ -102,12 +108,12 @@ def two_models(folder: Path, *, below_places: str = "102") -> Project:
           - name: carriers
             type: application
             owner: {{name: flight-ops}}
-            config: {{meta: {{hightouch_sync_id: 101}}}}
+            config: {{meta: {{{below_carriers}}}}}
             depends_on: [ref('carriers')]
           - name: places
             type: application
             owner: {{name: weather-desk}}
-            config: {{meta: {{hightouch_sync_id: {below_places}}}}}
+            config: {{meta: {{{below_places}}}}}
             depends_on: [ref('places')]
         """,
     )

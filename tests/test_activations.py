@@ -16,8 +16,7 @@ from tasks.dbt.lineage import Lineage
 from tasks.dbt.model import DbtPlan
 from tasks.hightouch import HightouchSequence
 from tasks.jobs import JobResult, JobState
-from tests.dbt_project import Project
-from tests.flows_fixtures import IDS, Runs, box, runs, sources, sync_parameters
+from tests.flows_fixtures import Runs, box, runs, sources, sync_parameters, two_models
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["box", "collected", "runs", "sources"]
@@ -77,33 +76,11 @@ def test_a_connection_that_did_not_land() -> None:
 
 def test_census_and_a_sequence_in_a_chain(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
     """A connection that fails holds back the Census sync and the sequence built on it, and no other."""
-    project = Project(tmp_path)
-    project.write(
-        "models/schema.yml",
-        f"""
-        sources:
-          - name: airlines
-            schema: raw_airlines
-            config: {{meta: {{airbyte_connection_id: {IDS["airlines"]}}}}}
-            tables: [{{name: airlines}}]
-          - name: airports
-            schema: raw_airports
-            tables: [{{name: airports}}]
-        exposures:
-          - name: carriers
-            type: application
-            owner: {{name: flight-ops}}
-            config: {{meta: {{census_sync_id: 401, hightouch_sequence_id: 7}}}}
-            depends_on: [ref('carriers')]
-          - name: places
-            type: application
-            owner: {{name: weather-desk}}
-            config: {{meta: {{census_sync_id: 402, hightouch_sequence_id: 7}}}}
-            depends_on: [ref('places')]
-        """,
+    project = two_models(
+        tmp_path,
+        below_carriers="census_sync_id: 401, hightouch_sequence_id: 7",
+        below_places="census_sync_id: 402, hightouch_sequence_id: 7",
     )
-    project.model("carriers", "select * from {{ source('airlines', 'airlines') }}")
-    project.model("places", "select * from {{ source('airports', 'airports') }}")
     with duckdb.connect(str(box.warehouse.path)) as db:
         db.execute("create schema marts")
         for table in ("mart_fleet_utilisation", "mart_daily_ops"):

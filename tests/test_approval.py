@@ -485,7 +485,7 @@ def test_on_a_worker(box: Sandbox, runs: Runs, pool: str, client: SyncPrefectCli
 
     Not even what failed: what goes on is what was approved.
     """
-    project = two_models(tmp_path / "shop", below_places=CRM)
+    project = two_models(tmp_path / "shop", below_places=f"hightouch_sync_id: {CRM}")
     box.airbyte.set("airlines", outcome="fail", times=1)
     other = {"tool": "hightouch", "credentials": "hightouch", "sync_id": "101"}
     asked = chain(
