@@ -155,6 +155,9 @@ def _prefect_deploy(entries: Sequence[Entry]) -> None:
                 # An update by `prefect deploy` leaves it as it is there where the file does not say.
                 "enforce_parameter_schema": True,
                 **entry.model_dump(mode="json", exclude_unset=True, exclude={"once_triggers"}),
+                # Said, or it becomes the git commit's where there is a remote or a git host's CI, and every
+                # commit would deploy everything anew. Prefect shows the commit beside it in either case.
+                "version": entry.version or entry.flow.version,
             }
             for entry in entries
         ],

@@ -224,6 +224,21 @@ def test_nothing_is_touched_the_second_time(deploying: Deploying) -> None:
     assert deploying.snapshot() == before
 
 
+def test_from_a_git_hosts_ci(deploying: Deploying, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect would take the commit for the version: the next commit then changes no deployment."""
+    commit = {
+        "GITHUB_REF_NAME": "main",
+        "GITHUB_REPOSITORY": "us/elt",
+        "GITHUB_SERVER_URL": "https://git.test",
+    }
+    for name, value in {**commit, "GITHUB_SHA": "a" * 40}.items():
+        monkeypatch.setenv(name, value)
+    deploying()
+    monkeypatch.setenv("GITHUB_SHA", "b" * 40)
+    assert "nothing to do" in deploying()
+    assert deploying.there(DAILY).version != "a" * 8
+
+
 # -- what differs --------------------------------------------------------------------------------------------
 
 
