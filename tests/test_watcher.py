@@ -46,10 +46,10 @@ class Ledger:
         return {handle.job_id: self.jobs[handle.job_id] for handle in handles if handle.job_id in self.jobs}
 
 
-def job(job_id: str) -> JobHandle:
+def job(job_id: str, resource_id: str = "r") -> JobHandle:
     return JobHandle(
         vendor="ledger",
-        resource_id="r",
+        resource_id=resource_id,
         job_id=job_id,
         started_at=datetime.now(UTC),
         url=f"http://l/{job_id}",
@@ -82,6 +82,21 @@ async def test_one_look_for_all(ledger: Ledger, watcher: JobWatcher) -> None:
     ledger.jobs = dict.fromkeys(ledger.jobs, DONE)
     await asyncio.gather(*waits)
     assert len(ledger.looks[-1]) == 50
+
+
+async def test_an_id_that_two_resources_have(ledger: Ledger, watcher: JobWatcher) -> None:
+    """Run 12 of one build is not run 12 of another, where ids are a resource's and not an account's."""
+    ends = {"good": DONE, "bad": JobStatus(state=JobState.FAILED, word="broken")}
+
+    async def observe(handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
+        ledger.looks.append([handle.resource_id for handle in handles])
+        return {handle.job_id: ends[handle.resource_id] for handle in handles}
+
+    ledger.observe = observe  # type: ignore[method-assign]
+    jobs = [job("12", "good"), job("12", "bad"), job("13", "good"), job("12", "good")]
+    seen = await asyncio.gather(*(watcher.wait(each, PATIENT, at_once=True) for each in jobs))
+    assert [status.state.value for status in seen] == ["SUCCEEDED", "FAILED", "SUCCEEDED", "SUCCEEDED"]
+    assert sorted(map(sorted, ledger.looks)) == [["bad"], ["good", "good"]]
 
 
 async def test_a_waiter_who_leaves(ledger: Ledger, watcher: JobWatcher) -> None:

@@ -280,6 +280,8 @@ class JobVendor(Protocol[RequestT]):
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """The state of many jobs, keyed by job id, in as few requests as the vendor's API allows.
 
+        No two of them have the same id: jobs of two resources that do are asked for in two calls.
+
         A job that the vendor does not know carries its error as the value, and one that the vendor accepted
         and then did not run because another was active carries `AlreadyRunning`. What is not in the reply is
         taken as not visible yet.

@@ -131,8 +131,13 @@ class JobWatcher:
         ]
 
     async def _look(self, due: list[_Watch]) -> None:
+        for by_id in _rounds(due):
+            await self._look_at(by_id)
+
+    async def _look_at(self, by_id: dict[str, list[_Watch]]) -> None:
+        due = [watch for watches in by_id.values() for watch in watches]
         try:
-            seen = await self._vendor.observe(list({w.handle.job_id: w.handle for w in due}.values()))
+            seen = await self._vendor.observe([watches[0].handle for watches in by_id.values()])
         except TRANSIENT as error:
             self._bear(due, error)
             return
@@ -213,6 +218,24 @@ class JobWatcher:
             watch.done.exception()  # its waiter may be gone
         else:
             watch.done.set_result(outcome)
+
+
+def _rounds(due: list[_Watch]) -> list[dict[str, list[_Watch]]]:
+    """Those who wait, by job id, in as few rounds as go without two jobs of the same id in one.
+
+    As a rule ids are an account's, so that is one round. Those of a declared API may be a resource's: run 12
+    of one build is not run 12 of another.
+    """
+    rounds: list[dict[str, list[_Watch]]] = []
+    for watch in due:
+        job_id, resource_id = watch.handle.job_id, watch.handle.resource_id
+        for by_id in rounds:
+            if job_id not in by_id or by_id[job_id][0].handle.resource_id == resource_id:
+                break
+        else:
+            rounds.append(by_id := {})
+        by_id.setdefault(job_id, []).append(watch)
+    return rounds
 
 
 def _out_of_patience(error: VendorError, watch: _Watch, seconds: float) -> VendorError:
