@@ -257,7 +257,7 @@ async def airbyte_cancel(server: ServerRef, job_id: str) -> str:
     vendor = await _vendor(server)
     async with vendor.session():
         handle, _, _ = await vendor.look_up(job_id)
-        return await cancel_job(vendor, handle)
+        return (await cancel_job(vendor, handle)).words
 
 
 TOOL = Tool(

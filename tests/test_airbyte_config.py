@@ -186,7 +186,7 @@ async def test_cancel_looks_first(both: Desk) -> None:
     assert await both.vendor.cancel((await both.vendor.look_up(ended))[0]) is JobState.SUCCEEDED
     assert both.words[-1] in ("pending", "running")
     handle = (await both.vendor.look_up(running))[0]
-    assert await cancel_job(both.vendor, handle) == "it was cancelled"
+    assert (await cancel_job(both.vendor, handle)).words == "it was cancelled"
     assert both.words[-1] == "cancelled"
 
 
@@ -196,7 +196,7 @@ async def test_cancel_that_meets_the_end(both: Desk) -> None:
     handle = (await both.vendor.look_up(both.start_by_hand()))[0]
     both.fault(kind="delay", delay=0.6, path="/jobs/cancel$")
     both.fault(kind="delay", delay=0.6, method="DELETE")
-    assert await cancel_job(both.vendor, handle) == "it had ended already: succeeded"
+    assert (await cancel_job(both.vendor, handle)).words == "it had ended already: succeeded"
 
 
 async def test_anybodys_job_is_waited_for(both: Desk) -> None:

@@ -34,6 +34,22 @@ async def test_while_waiting(desk: Desk, caplog: pytest.LogCaptureFixture) -> No
     assert f"cancelled: job {desk.jobs[0]}: it was cancelled" in caplog.text
 
 
+async def test_not_confirmed(desk: Desk) -> None:
+    """What may go on stays open in the journal, for the cancellation hook and for a retry of the run."""
+    desk.behave(duration=300)
+    run = desk.begin()
+    await desk.until_started()
+    refused = desk.fault(kind="status", status=403, method="DELETE")
+    await _cancel(run)
+    assert desk.entry.open
+    assert desk.words != ["cancelled"]
+    desk.sandbox.faults.remove(refused)
+    retry = desk.begin()
+    await until(lambda: desk.looks > 2)
+    await _cancel(retry)
+    assert (desk.words, desk.entry.open) == (["cancelled"], False)
+
+
 async def test_while_starting(desk: Desk) -> None:
     """Cancelled while the start is under way, the job that comes of it is cancelled."""
     desk.behave(duration=300)
@@ -129,7 +145,7 @@ async def test_cancelling_what_has_ended(desk: Desk) -> None:
     desk.start_by_hand()
     async with desk.vendor.session():
         handle, _, _ = await desk.vendor.look_up(first)
-        assert await cancel_job(desk.vendor, handle) == "it had ended already: succeeded"
+        assert (await cancel_job(desk.vendor, handle)).words == "it had ended already: succeeded"
     assert desk.words[0] == "succeeded"
     assert desk.words[1] != "cancelled"
     assert desk.cancels == 0

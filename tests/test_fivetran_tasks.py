@@ -392,4 +392,5 @@ async def test_the_hook_of_a_cancelled_run(sandbox: Sandbox, credentials: Fivetr
             baseline=await vendor.baseline(request),
         )
         await vendor.start(request, entry)
-    assert await cancellation._cancel(entry) == "fivetran can't cancel; it goes on"
+    cancelled = await cancellation._cancel(entry)
+    assert (cancelled.words, cancelled.over) == ("fivetran can't cancel; it goes on", False)

@@ -375,7 +375,7 @@ async def test_cancelling_what_has_ended(desk: Desk) -> None:
     result = await desk.run()
     handle = desk.entry.handle
     async with desk.job.api():
-        assert await cancel_job(HttpJobVendor(desk.job), handle) == "it had ended already: succeeded"
+        assert (await cancel_job(HttpJobVendor(desk.job), handle)).words == "it had ended already: succeeded"
     assert result.state is JobState.SUCCEEDED
 
 
@@ -405,7 +405,7 @@ async def test_cancelled_from_another_process(desk: Desk) -> None:
     async with theirs.session():
         handle = await theirs.find(request, intent)
         assert handle
-        assert await cancel_job(theirs, handle) == "it was cancelled"
+        assert (await cancel_job(theirs, handle)).words == "it was cancelled"
     assert desk.words == ["cancelled"]
 
 

@@ -312,6 +312,16 @@ async def test_an_end_between_two_looks(desk: Desk) -> None:
     assert desk.cancels == 0
 
 
+async def test_a_timeout_that_stops_nothing(desk: Desk) -> None:
+    """A job that could not be cancelled at its timeout goes on, and a retry attaches to it."""
+    desk.behave(duration=1.5)
+    desk.fault(kind="status", status=403, method="DELETE")
+    with pytest.raises(JobTimeout, match=r"could not be cancelled and may go on \(.*403"):
+        await desk.run(timeout=0.5)
+    result = await desk.run()
+    assert desk.jobs == [result.job_id]
+
+
 async def test_detached_is_attached_again(desk: Desk) -> None:
     """A retry after a timeout with `detach` takes up the job that was left, even long after its time."""
     desk.behave(duration=1.5)

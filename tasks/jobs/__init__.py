@@ -20,7 +20,7 @@ from tasks.jobs.model import (
     JobVendor,
     StreamResult,
 )
-from tasks.jobs.outcome import cancel_job, result_of
+from tasks.jobs.outcome import Cancellation, cancel_job, result_of
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
 from tasks.jobs.slots import check_limit
@@ -33,6 +33,7 @@ from tasks.jobs.watcher import JobWatcher, watcher_for
 __all__ = [
     "AccountVendor",
     "AlreadyRunning",
+    "Cancellation",
     "Checked",
     "Entry",
     "EventLoopTaskRunner",

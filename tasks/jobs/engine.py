@@ -64,6 +64,7 @@ async def run_job(
         JobFailed: The vendor says failed, or the end was partial under `on_partial: fail`.
         JobCancelled: Somebody cancelled the job at the vendor.
         JobTimeout: It did not end in `policy.timeout` seconds; it was cancelled or left as the policy says.
+            To one that goes on, because it was left or could not be cancelled, a retry attaches.
         VendorError: The API refused, or was out of reach for longer than `policy.outage`. A job that was
             started is left as it is; a retry attaches to it.
     """
@@ -401,9 +402,10 @@ class _Run(Generic[R]):
         if self.policy.on_timeout == "detach":
             # The entry stays open: a retry attaches to the job.
             return self._result(JobState.FAILED, handle, message=f"{message}; it was left running")
-        done = await cancel_job(self.vendor, handle)
-        result = self._result(JobState.FAILED, handle, message=f"{message}; {done}")
-        await self._close(result)
+        cancelled = await cancel_job(self.vendor, handle)
+        result = self._result(JobState.FAILED, handle, message=f"{message}; {cancelled.words}")
+        if cancelled.over:  # else, too, a retry attaches: a second job beside it is what nobody wants
+            await self._close(result)
         return result
 
     # -- cancelling ---------------------------------------------------------------------------------------
@@ -427,9 +429,13 @@ class _Run(Generic[R]):
             )
             await self._record()
             return
-        done = await cancel_job(self.vendor, handle)
-        self.log.warning("cancelled: job %s: %s. %s", handle.job_id, done, handle.url or "")
-        await self._close(self._result(JobState.CANCELLED, handle, message=f"the run was cancelled; {done}"))
+        cancelled = await cancel_job(self.vendor, handle)
+        self.log.warning("cancelled: job %s: %s. %s", handle.job_id, cancelled.words, handle.url or "")
+        if cancelled.over:
+            message = f"the run was cancelled; {cancelled.words}"
+            await self._close(self._result(JobState.CANCELLED, handle, message=message))
+        else:
+            await self._record()  # open: the cancellation hook tries again, a retry of the run attaches
 
     async def _last_look(self) -> JobHandle | None:
         """The job of a start whose effect we don't know yet, where that can be had quickly."""

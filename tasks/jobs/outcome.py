@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from blocks.http import TRANSIENT, VendorError
@@ -104,8 +105,21 @@ async def final_status(vendor: JobVendor[Any], handle: JobHandle) -> JobStatus |
     return status if isinstance(status, JobStatus) and status.state.terminal else None
 
 
-async def cancel_job(vendor: JobVendor[Any], handle: JobHandle) -> str:
-    """Cancel a job at the vendor and say in words what came of it. Never raises, never takes long."""
+@dataclass(frozen=True)
+class Cancellation:
+    """What came of cancelling a job.
+
+    Attributes:
+        words: For a person.
+        over: Whether the job has surely ended; one that may go on is attached to by a retry.
+    """
+
+    words: str
+    over: bool
+
+
+async def cancel_job(vendor: JobVendor[Any], handle: JobHandle) -> Cancellation:
+    """Cancel a job at the vendor. Never raises, never takes long."""
     trouble: VendorError | None = None
     try:
         async with asyncio.timeout(_CANCEL_PATIENCE):
@@ -119,9 +133,12 @@ async def cancel_job(vendor: JobVendor[Any], handle: JobHandle) -> str:
                 break
     except TimeoutError:
         why = f" ({trouble})" if trouble else ""
-        return f"cancelling it was asked for and not confirmed within {_CANCEL_PATIENCE:.0f} s{why}"
+        asked = f"cancelling it was asked for and not confirmed within {_CANCEL_PATIENCE:.0f} s{why}"
+        return Cancellation(asked, over=False)
     except Exception as error:  # noqa: BLE001 - what the caller is about to say matters more than this
-        return f"it could not be cancelled and may go on ({error})"
+        return Cancellation(f"it could not be cancelled and may go on ({error})", over=False)
     if state is None:
-        return f"{vendor.name} can't cancel; it goes on"
-    return "it was cancelled" if state is JobState.CANCELLED else f"it had ended already: {state.lower()}"
+        return Cancellation(f"{vendor.name} can't cancel; it goes on", over=False)
+    if state is JobState.CANCELLED:
+        return Cancellation("it was cancelled", over=True)
+    return Cancellation(f"it had ended already: {state.lower()}", over=True)
