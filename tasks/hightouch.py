@@ -253,10 +253,13 @@ async def hightouch_sync(sync: HightouchSync) -> JobResult:
 async def hightouch_sequence(sequence: HightouchSequence) -> JobResult:
     """Run one Hightouch sync sequence and wait for its end.
 
-    Safe to retry: a retry attaches to the run that an earlier attempt started. A sequence that is done is
-    judged by its syncs: one with the status `warning` makes it PARTIAL, one that failed makes it FAILED. A
-    run that was in progress when it was triggered is dealt with as `policy.on_active` says. Follows
-    `POST /sync-sequences/{id}/trigger` and `GET /sync-sequences/runs/{id}` of Hightouch's API.
+    Safe to retry: a retry attaches to the run that an earlier attempt started. If the reply to the start was
+    lost, that run can't be found: it is an error which says so, and no retry starts a second run. A sequence
+    that is done is judged by its syncs: one with the status `warning` makes it PARTIAL, one that failed makes
+    it FAILED. A run that was in progress when it was triggered is dealt with as `policy.on_active` says;
+    where the workspace queues runs of sequences, ours comes after it whatever the policy says, for Hightouch
+    tells of no run but by its id. Follows `POST /sync-sequences/{id}/trigger` and
+    `GET /sync-sequences/runs/{id}` of Hightouch's API.
 
     Args:
         sequence: The sequence, its credentials and its policy (times in seconds).
@@ -268,7 +271,8 @@ async def hightouch_sequence(sequence: HightouchSequence) -> JobResult:
         InputError: The sequence does not exist. Nothing was started.
         JobFailed, JobCancelled, JobTimeout: The run did not end well; `.result` says how. At a timeout it is
             left running: Hightouch has no way to cancel it.
-        VendorError: The API refused, or was out of reach for longer than `policy.outage`.
+        VendorError: The API refused, or was out of reach for longer than `policy.outage`, or the reply to the
+            start was lost.
     """
     tag_run("hightouch")
     without_traceback()

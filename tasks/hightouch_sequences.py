@@ -2,7 +2,8 @@
 
 Hightouch lists no runs of a sequence, and a sequence never runs beside itself: asked to start while a run is
 in progress it gives, depending on the workspace, the id of a run that it queues behind that one, or the id of
-the run in progress. That one began before we asked; it is told from ours by when its syncs started.
+the run in progress. That one began before we asked; it is told from ours by when its syncs started. So a run
+whose id was lost can be had neither by looking nor by asking again, and it is not asked for twice.
 
 Vendor documentation: https://hightouch.com/docs/developer-tools/api-guide
 """
@@ -39,7 +40,6 @@ _SEQUENCE_STATES = {
     "failed": JobState.FAILED,
     "cancelled": JobState.CANCELLED,
 }
-_VISIBLE = timedelta(seconds=15)  # within which a fresh run may not be found
 # The Date header, by which Hightouch's clock is known, counts whole seconds.
 _CLOCK_MARGIN = timedelta(seconds=3)
 
@@ -49,8 +49,8 @@ class HightouchSequenceVendor(AccountVendor[HightouchApi]):
 
     name = "hightouch-sequence"
     on_partial: Literal["fail", "warn", "ok"] = "warn"
-    # Nothing can be found by looking for it, so there is nothing to wait for before asking again.
-    grace = 0.0
+    # As that of a sync's run; how long a fresh run is not shown is not documented.
+    grace = 15.0
 
     def __init__(self, credentials: HightouchCredentials) -> None:
         # The same workspace as that of single syncs, and watched beside them by a watcher of its own.
@@ -75,7 +75,20 @@ class HightouchSequenceVendor(AccountVendor[HightouchApi]):
             return self._handle(request.resource_id, run_id, api.theirs(asked), intent.marker)
 
     async def find(self, request: JobRequest, intent: Intent) -> None:
-        """Hightouch lists no runs of a sequence; the next start gives the id of the one in progress."""
+        """Nothing can be found: Hightouch lists no runs of a sequence, nor which syncs it has.
+
+        Raises:
+            VendorError: Always. Asked again, Hightouch would give that run's id only if it still goes on, and
+                where the workspace queues none; else all syncs would be sent twice.
+        """
+        raise VendorError(
+            "Hightouch",
+            f"the reply to the start of sequence {request.resource_id} was lost or could not be read, or the "
+            "run was cut short before it came. A run may be going on; Hightouch lists no runs of a sequence",
+            guidance="It is not asked for twice. Look in Hightouch for a run of it that was begun at about "
+            f"{intent.since:%Y-%m-%d %H:%M:%S} UTC, and start a new run if it is still needed. "
+            f"{self._url(request.resource_id)}",
+        )
 
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """A request per run; its syncs are read when it has ended, for what became of their rows."""
@@ -104,14 +117,9 @@ class HightouchSequenceVendor(AccountVendor[HightouchApi]):
         request = PlainRequest(sequence_id, "sync", f"sequence {sequence_id}", None)
         return self._handle(sequence_id, run.id, since or datetime.now(UTC), ""), request, status
 
-    async def _look(self, handle: JobHandle) -> JobStatus | None:
+    async def _look(self, handle: JobHandle) -> JobStatus:
         async with self._connect() as api:
-            try:
-                run = await api.sequence_run(handle.job_id)
-            except NotFoundError:
-                if api.theirs(datetime.now(UTC)) - handle.started_at < _VISIBLE:
-                    return None
-                raise
+            run = await api.sequence_run(handle.job_id)
             if handle.job_id not in self._ours and run.members:
                 began = await _began(api, run)
                 if began is not None and began < handle.started_at - _CLOCK_MARGIN:
@@ -131,8 +139,11 @@ class HightouchSequenceVendor(AccountVendor[HightouchApi]):
             job_id=run_id,
             marker=marker,
             started_at=started_at,
-            url=f"{self._credentials.app_url}/sequences/{sequence_id}",
+            url=self._url(sequence_id),
         )
+
+    def _url(self, sequence_id: str) -> str:
+        return f"{self._credentials.app_url}/sequences/{sequence_id}"
 
 
 async def _began(api: HightouchApi, run: SequenceRun) -> datetime | None:

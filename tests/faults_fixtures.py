@@ -22,12 +22,14 @@ from sandbox import Sandbox, catalog
 from sandbox.census import Sync as CensusSync
 from sandbox.dashboards import Dashboard, DashboardBehaviour
 from sandbox.hightouch import Sync
+from sandbox.hightouch_sequences import Sequence as SyncSequence
 from sandbox.timeline import CensusBehaviour, SyncBehaviour
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.census import CensusVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
 from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
 from tasks.hightouch_jobs import HightouchVendor
+from tasks.hightouch_sequences import HightouchSequenceVendor
 from tasks.http_job import HttpJobRun
 from tasks.http_job_vendor import HttpJobVendor
 from tasks.jobs import Entry, JobPolicy, JobResult, JobVendor, MemoryJournal, PlainRequest, run_job
@@ -231,6 +233,51 @@ class Hightouch(Subject):
         return self.sandbox.hightouch.runs_of(self.sync_id)
 
 
+class HightouchSequence(Hightouch):
+    """A run of a sequence of one sync, in a workspace that queues runs of sequences."""
+
+    name = "hightouch-sequence"
+    start = r"/sync-sequences/[\w-]+/trigger$"
+    look = r"/sync-sequences/runs/"
+    vendor_class = HightouchSequenceVendor
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        super().__init__(sandbox)
+        self.sequence_id = f"of-{self.sync_id}"
+        spec = catalog.SequenceSpec(self.sequence_id, self.sequence_id, (self.sync_id,))
+        sandbox.hightouch.sequences.all[self.sequence_id] = SyncSequence(spec)
+        self.vendor = HightouchSequenceVendor(
+            HightouchCredentials(
+                api_key=catalog.HIGHTOUCH_API_KEY,
+                base_url=sandbox.hightouch_url,
+                requests_per_10_seconds=10_000,
+            )
+        )
+        self.request = PlainRequest(self.sequence_id, "sync", "crm", None)
+
+    def behave(self, **changes: Any) -> None:
+        # How long it takes and whether it goes well is up to the sync; the rest to the sequence.
+        if changes.keys() <= {"duration"} or changes.get("outcome") == "fail":
+            super().behave(**changes)
+        else:
+            self.sandbox.hightouch.sequences.set(self.sequence_id, **changes)
+
+    def start_by_hand(self) -> None:
+        self.sandbox.hightouch.sequences.trigger(self.sequence_id)
+
+    @property
+    def runs(self) -> Sequence[Any]:
+        return self.sandbox.hightouch.sequences.runs_of(self.sequence_id)
+
+    def end_first(self) -> None:
+        run = self.runs[0]
+        for member in run.members:
+            member.timeline.finish(self.good)
+        if not run.final:
+            run.word = "done"
+            run.cut.set()
+
+
 class DbtCloud(Subject):
     """A run of a scripted job."""
 
@@ -384,7 +431,7 @@ class Census(Subject):
         return self.sandbox.census.runs_of(self.sync_id)
 
 
-_ALL = (Airbyte, AirbyteConfig, Hightouch, DbtCloud, Fivetran, Census, DeclaredJob)
+_ALL = (Airbyte, AirbyteConfig, Hightouch, HightouchSequence, DbtCloud, Fivetran, Census, DeclaredJob)
 SUBJECTS = {each.name: each for each in _ALL}
 
 
