@@ -2,8 +2,9 @@
 
 Started by the automations in `deployments/automations.yaml`: when a run is reported as Crashed, and when its
 heartbeats stop because the whole machine is gone and nobody is left to report it. The run attaches to the
-jobs that it had started at the vendors. No blocks of its own; for runs whose parameters name nobody to tell,
-those of its own `notify`.
+jobs that it had started at the vendors. On its schedule it looks for what the automations have missed, also
+because a run of its own died. No blocks of its own; for runs whose parameters name nobody to tell, those of
+its own `notify`.
 """
 
 # No `from __future__ import annotations` here: see flows/elt.py.
@@ -15,19 +16,21 @@ from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
+from prefect.runtime import deployment, flow_run
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
-from flows.alerts import tell_of_run
+from flows.alerts import tell_of_end, tell_of_run, tell_run_is_well
 from flows.parameters import NotifyList
 from tasks.incidents import GIVEN_UP, RUN
+from tasks.missed import begin, close_dead_rescues, missed
 from tasks.rescue import (
-    SCRIPT_HEARTBEAT,
     close_task_runs,
     dead,
     declare_dead,
     last_sign,
     outlived,
+    patience,
     reschedule,
     rescues,
     why_not,
@@ -58,18 +61,43 @@ class Rescue(BaseModel):
         return Completed(name=name, message=self.why, data=self)
 
 
-@flow(name="recover", flow_run_name="recover {flow_run_id}")
+class Sweep(BaseModel):
+    """What was missed.
+
+    Attributes:
+        missed: The runs that were dead and that nobody saw to. A rescue of each was begun.
+        closed: The runs of this deployment that had died themselves, and are Crashed now.
+    """
+
+    missed: list[UUID]
+    closed: list[UUID]
+
+    @property
+    def state(self) -> State["Sweep"]:
+        """The final state of the run that looked."""
+        message = f"{len(self.missed)} dead runs were missed, {len(self.closed)} rescues were dead themselves"
+        return Completed(name="Looked", message=message, data=self)
+
+
+def _run_name() -> str:
+    flow_run_id = flow_run.parameters.get("flow_run_id")
+    return f"recover {flow_run_id}" if flow_run_id else "look for what was missed"
+
+
+# That it crashed is nobody's trouble: the next look begins it again.
+@flow(name="recover", flow_run_name=_run_name, on_failure=[tell_of_end])
 async def recover(
-    flow_run_id: UUID,
+    flow_run_id: UUID | None = None,
     at_most: Annotated[int, Field(ge=0)] = 3,
     delay: Annotated[float, Field(ge=10)] = 15.0,
     silent_for: Annotated[float, Field(gt=0)] = 75.0,
     notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
-) -> Rescue:
+) -> Rescue | Sweep:
     """Rescue a run whose process died. One that is alive, cancelled, ended or rescued already is left alone.
 
     Args:
-        flow_run_id: The run.
+        flow_run_id: The run. Without one, a rescue is begun of every run that the automations on this server
+            would have this deployment rescue, and that no run of it has seen to.
         at_most: How often a run is rescued before it is given up. 0 only tells.
         delay: Seconds after which it is started again, the second time twice as many, and so on. At least 10:
             a worker reports a crash twice within some seconds, and the later report would undo the rescue.
@@ -79,15 +107,16 @@ async def recover(
         notify: Who is told of runs whose own parameters name nobody.
 
     Returns:
-        What was done, and why.
+        What was done, and why; without a run, what was missed.
     """
     async with get_client() as client:
+        if flow_run_id is None:
+            return (await _sweep(client, silent_for, notify)).state  # type: ignore[return-value]
         try:
             run = await client.read_flow_run(flow_run_id)
         except ObjectNotFound:
             return _left(flow_run_id, "it has been deleted").state  # type: ignore[return-value]
-        patience = silent_for if run.deployment_id else max(silent_for, 2.5 * SCRIPT_HEARTBEAT)
-        crashed = await _crashed(client, run, patience)
+        crashed = await _crashed(client, run, patience(run, silent_for))
         if crashed is None:
             run = await client.read_flow_run(flow_run_id)
             return _left(flow_run_id, _well(run)).state  # type: ignore[return-value]
@@ -95,6 +124,21 @@ async def recover(
     if done.did != "left alone":
         await _tell(crashed, done, notify)
     return done.state  # type: ignore[return-value]  # Prefect takes a State for the result in it
+
+
+async def _sweep(client: PrefectClient, silent_for: float, notify: NotifyList) -> Sweep:
+    """Begin what was missed, and say that this deployment is well if it was not."""
+    if deployment.id is None:
+        raise ValueError("Without a run to rescue this is for a run of a deployment: recover/dead-runs.")
+    me, log = UUID(str(deployment.id)), get_run_logger()
+    closed = await close_dead_rescues(client, me)
+    found = await missed(client, me, silent_for)
+    for run in found:
+        log.warning("The run %s (%s) is dead, and nobody has seen to it", run.name, run.id)
+        await begin(client, me, run)
+    if not found and notify:
+        await tell_run_is_well(await client.read_flow_run(UUID(str(flow_run.id))), log, notify)
+    return Sweep(missed=[run.id for run in found], closed=closed)
 
 
 async def _crashed(client: PrefectClient, run: FlowRun, silent_for: float) -> FlowRun | None:

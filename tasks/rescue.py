@@ -48,6 +48,11 @@ _AT_ONCE = 10
 _OPEN = [StateType.PENDING, StateType.RUNNING]
 
 
+def patience(run: FlowRun, silent_for: float) -> float:
+    """Seconds of silence after which a run is dead: one in a script has heartbeats more rarely."""
+    return silent_for if run.deployment_id else max(silent_for, 2.5 * SCRIPT_HEARTBEAT)
+
+
 async def last_sign(client: PrefectClient, run: FlowRun) -> datetime:
     """When a flow run was last known to be alive: its last heartbeat, or its last change of state.
 
