@@ -233,6 +233,56 @@ def test_a_retry_inside_the_run_goes_on_and_a_second_build_begins_anew(tmp_path:
     assert [(node.name, node.earlier) for node in anew.nodes] == [("a", False), ("b", False)]
 
 
+@pytest.mark.parametrize("mended", [False, True], ids=["still fails", "passes now"])
+def test_a_retry_asks_the_unit_tests_before_it_builds_their_model(tmp_path: Path, mended: bool) -> None:
+    """A model whose unit test fails again is skipped again, with all below it; it is built once that passes.
+
+    Its own test and one above it are what could make the order go round in a circle.
+    """
+    project = Project(tmp_path)
+    project.model("top", "select 1 as id")
+    project.model("doubled", "select id * 3 as id from {{ ref('top') }}")
+    project.model("below", "select * from {{ ref('doubled') }}")
+    project.write(
+        "models/schema.yml",
+        """
+        models:
+          - {name: top, columns: [{name: id, data_tests: [unique]}]}
+          - {name: doubled, columns: [{name: id, data_tests: [unique]}]}
+        unit_tests:
+          - name: doubles
+            model: doubled
+            given: [{input: ref('top'), rows: [{id: 1}]}]
+            expect: {rows: [{id: 2}]}
+        """,
+    )
+
+    def repair(*_: Any) -> bool:
+        if mended:
+            project.model("doubled", "select id * 2 as id from {{ ref('top') }}")
+        return True
+
+    @flow
+    async def chain() -> DbtResult:
+        options = {"retries": 1, "retry_condition_fn": repair, "cache_policy": NO_CACHE}
+        try:
+            return await dbt_build.with_options(**options)(project.core())
+        except DbtBuildFailed as error:
+            return error.result
+
+    nodes = {node.name: (node.state, node.earlier) for node in asyncio.run(chain()).nodes}
+    asked = DbtState.SUCCESS if mended else DbtState.FAIL
+    behind = (DbtState.SUCCESS if mended else DbtState.SKIPPED, False)
+    assert nodes == {
+        "top": (DbtState.SUCCESS, True),
+        "unique_top_id": (DbtState.SUCCESS, True),
+        "doubles": (asked, False),
+        "doubled": behind,
+        "unique_doubled_id": behind,
+        "below": behind,
+    }
+
+
 def test_a_warehouse_in_memory_is_built_again_from_the_beginning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

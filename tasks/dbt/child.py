@@ -248,6 +248,7 @@ def run(request: dict[str, Any], reporter: Reporter) -> None:
                     return
                 write_state(resume, again, folder)
                 take_vars_from_state()
+                put_unit_tests_first()
                 args, selection, parsed = [*resume["args"], "--state", folder], [], None
         except Unable as error:
             send_end(reporter, False, error.__cause__)
@@ -338,6 +339,31 @@ def take_vars_from_state() -> None:
 
     overridden: set[str] = getattr(dbt.task.retry, "ALLOW_CLI_OVERRIDE_FLAGS", set())
     overridden.discard("vars")
+
+
+def put_unit_tests_first() -> None:
+    """Have a retried build run unit tests before their models, as `dbt build` does.
+
+    A build takes them out of its queue and runs them with their model. `dbt retry` has a queue of its own, in
+    which they come below the model: it would be built, and all that is below it, whatever they say.
+    """
+    from dbt.task.build import BuildTask
+
+    compile_manifest = BuildTask.compile_manifest
+
+    def compile_and_turn(task: Any) -> None:
+        compile_manifest(task)
+        graph = task.graph.graph
+        tested = {test.unique_id: test.depends_on.nodes[0] for test in task.manifest.unit_tests.values()}
+        for unit_test in tested:
+            # All of them: there may be one from another test of the model, which comes after it.
+            graph.remove_edges_from(list(graph.in_edges(unit_test)))
+        waits_for = {model: list(graph.predecessors(model)) for model in set(tested.values())}
+        for unit_test, model in tested.items():
+            graph.add_edges_from((above, unit_test) for above in waits_for[model])
+            graph.add_edge(unit_test, model)
+
+    BuildTask.compile_manifest = compile_and_turn  # type: ignore[assignment]
 
 
 def plan(request: dict[str, Any], reporter: Reporter) -> None:
