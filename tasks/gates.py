@@ -6,6 +6,7 @@ it is about, by lineage, as if they had not landed, and says what was expected a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Annotated, Any, Literal
@@ -91,14 +92,15 @@ class RowsGate(_Gate):
 class SqlGate(_Gate):
     """A question to the warehouse whose answer must be right.
 
-    The first value of the first row is compared; without a comparison, a row in the answer is a complaint.
+    The first value of the first row is compared: one that is no finite number keeps it shut. Without a
+    comparison, a row in the answer is a complaint.
     """
 
     tool: Literal["sql"] = "sql"
     database: DatabaseRef = Field(title="Database")
     query: str = Field(min_length=1, title="Query")
-    at_least: float | None = Field(default=None, title="At least")
-    at_most: float | None = Field(default=None, title="At most")
+    at_least: float | None = Field(default=None, allow_inf_nan=False, title="At least")
+    at_most: float | None = Field(default=None, allow_inf_nan=False, title="At most")
 
     @property
     def label(self) -> str:
@@ -283,6 +285,9 @@ async def _sql(gate: SqlGate) -> str | None:
         number = float(value)  # type: ignore[arg-type]  # the errors are what tells
     except (TypeError, ValueError):
         return f"{gate.expected} was expected, {'nothing' if value is None else repr(value)} was found"
+    if not math.isfinite(number):
+        # A division by nothing has measured nothing, and no bound is broken by NaN.
+        return f"{gate.expected} was expected, no number was found: {number}"
     low = gate.at_least is not None and number < gate.at_least
     high = gate.at_most is not None and number > gate.at_most
     return f"{gate.expected} was expected, {number:,g} was found" if low or high else None

@@ -76,6 +76,9 @@ def database(tmp_path: Path) -> SqlAlchemyConnector:
         ("SELECT 1200", {"at_least": 5, "at_most": 1000}, "at least 5 and at most 1,000 was expected, 1,200"),
         ("SELECT NULL", {"at_most": 5}, "at most 5 was expected, nothing was found"),
         ("SELECT 'many'", {"at_most": 5}, "at most 5 was expected, 'many' was found"),
+        ("SELECT 'nan'::double", {"at_most": 5}, "at most 5 was expected, no number was found: nan"),
+        ("SELECT 'nan'::double", {"at_least": 5}, "at least 5 was expected, no number was found: nan"),
+        ("SELECT 'inf'::double", {"at_least": 5}, "at least 5 was expected, no number was found: inf"),
         ("SELECT 1 WHERE false", {}, None),
         ("SELECT 7, 'x'", {}, "no row was expected, one was found: 7, x"),
         (
@@ -250,6 +253,7 @@ def test_a_gate_about_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
         ({"tool": "rows", "share_of_usual": 1.5}, "less than or equal to 1"),
         ({"tool": "sql", "database": "w", "query": ""}, "at least 1 character"),
         ({"tool": "sql", "database": "w", "query": "x", "atleast": 1}, "Extra inputs"),
+        ({"tool": "sql", "database": "w", "query": "x", "at_most": float("nan")}, "finite number"),
     ],
 )
 def test_gates_that_make_no_sense(fields: dict[str, Any], says: str) -> None:
