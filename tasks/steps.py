@@ -35,7 +35,7 @@ from tasks.intervals import END_VAR, START_VAR, DataInterval, fill_in
 from tasks.jobs import InputError, JobFailed, JobResult, JobState, ToolParameters, without_traceback
 from tasks.sql import DatabaseRef, reason_of, with_database
 
-_STOP_PATIENCE = 5.0  # seconds for commands to end when they are told to; then they are killed
+_STOP_PATIENCE = 5  # seconds for commands to end when they are told to; then they are killed
 _LONGEST_MESSAGE = 300
 
 
@@ -126,6 +126,10 @@ class PythonStep(_Step):
                     f"There is no Python function {self.call!r} here ({error}). Write it as "
                     "package.module:function, with the package on the worker's path."
                 ) from error
+            except SystemExit:
+                raise InputError(
+                    f"{self.call!r} can't be imported: its module exits. Put what it does into a function."
+                ) from None
         if not callable(found):
             raise InputError(f"{self.what} is no function; it can't be called.")
         try:
@@ -195,15 +199,20 @@ class ShellStep(_Step):
         """The commands as prefect-shell takes them.
 
         They are a job of their own in bash, so that all that they start can be stopped with them: bash alone
-        dies at once when it is told to and leaves its children running.
+        dies at once when it is told to and leaves its children running. It ends when they have.
         """
+        still_there = "kill -0 -- -$! 2> /dev/null"
+        stop = (
+            f"kill -TERM -- -$!; for _ in {{1..{_STOP_PATIENCE * 10}}}; do {still_there} || exit 143; "
+            "sleep 0.1; done; kill -KILL -- -$!"
+        )
         return ShellOperation(  # noqa: S604 - running commands is what it is for
             commands=[
                 "set -m",
                 "(set -eo pipefail",
                 *self.commands,
                 ") < /dev/null &",
-                "trap 'kill -TERM -- -$!' TERM",
+                f"trap '{stop}' TERM",
                 "wait $!",
             ],
             env={
@@ -339,6 +348,11 @@ async def _call(step: PythonStep, interval: DataInterval | None) -> dict[str, An
                 returned = await function(**arguments)
         else:
             returned = await asyncio.to_thread(function, **arguments)
+    except SystemExit as error:  # as the main function of a script ends; here it would take the flow with it
+        if error.code not in (None, 0):
+            said = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
+            raise _Failed(said) from None
+        return {}
     except Exception as error:  # noqa: BLE001 - whatever the user's code raises, the step has failed
         if isinstance(error, TimeoutError) and step.timeout is not None:
             raise _Failed(f"it did not end in {step.timeout:g} s and was cancelled") from None
@@ -380,7 +394,7 @@ async def _stop(process: ShellProcess) -> None:
     running: Any = process._process  # noqa: SLF001 - prefect-shell has no public way to stop one
     try:
         running.terminate()
-        async with asyncio.timeout(_STOP_PATIENCE):
+        async with asyncio.timeout(_STOP_PATIENCE + 2):
             await running.wait()
     except ProcessLookupError:
         pass

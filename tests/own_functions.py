@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from pathlib import Path
 
 from prefect import flow
@@ -25,6 +26,10 @@ async def sleep() -> None:
 
 def breaks() -> None:
     raise RuntimeError("the key in the lock broke")
+
+
+def leaves(code: int | str | None = None) -> None:
+    sys.exit(code)
 
 
 @flow

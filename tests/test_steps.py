@@ -81,6 +81,19 @@ async def test_a_function_that_raises(caplog: pytest.LogCaptureFixture) -> None:
     assert "in breaks" in caplog.text
 
 
+@pytest.mark.parametrize(("code", "says"), [(2, "exit code 2"), ("no orders today", "no orders today")])
+async def test_a_main_function_that_exits(code: int | str, says: str) -> None:
+    """`sys.exit()`, as scripts end with it, ends the step and not the flow."""
+    result = await failed(PythonStep(call=f"{HERE}:leaves", arguments={"code": code}))
+    assert result.message == says
+
+
+async def test_a_main_function_that_exits_well() -> None:
+    """`sys.exit(0)` is a success, and so is `sys.exit()`."""
+    assert (await done(PythonStep(call=f"{HERE}:leaves", arguments={"code": 0}))).good
+    assert (await done(PythonStep(call=f"{HERE}:leaves"))).good
+
+
 async def test_a_function_that_takes_too_long() -> None:
     """An async function is cancelled at its timeout."""
     result = await failed(PythonStep(call=f"{HERE}:sleep", timeout=0.1))
@@ -93,6 +106,7 @@ async def test_a_function_that_takes_too_long() -> None:
         ({"call": "no_such_package:run"}, "There is no Python function 'no_such_package:run' here"),
         ({"call": f"{HERE}:missing"}, "There is no Python function"),
         ({"call": ""}, "There is no Python function"),
+        ({"call": "tests.own_script:main"}, "its module exits"),
         ({"call": f"{HERE}:NOT_A_FUNCTION"}, "can't be called"),
         ({"call": f"{HERE}:greet"}, "missing a required argument: 'name'"),
         ({"call": f"{HERE}:greet", "arguments": {"name": "x", "nmae": "y"}}, "unexpected keyword argument"),
@@ -147,6 +161,23 @@ async def test_a_timeout_stops_what_was_started(tmp_path: Path) -> None:
     assert result.message == "it did not end in 0.5 s and was stopped"
     assert len(_started(pids)) == 2
     await until(lambda: not any(map(_alive, _started(pids))))
+
+
+async def test_a_timeout_waits_for_the_end(tmp_path: Path) -> None:
+    """What clears up when it is told to end is waited for, so that a retry does not run beside it."""
+    tidy = "trap 'sleep 1; touch tidy; exit 1' TERM; touch begun; while :; do sleep 0.1; done"
+    await failed(ShellStep(commands=[tidy], working_dir=str(tmp_path), timeout=1))
+    assert (tmp_path / "begun").exists()
+    assert (tmp_path / "tidy").exists()
+
+
+async def test_a_timeout_of_what_will_not_end(tmp_path: Path) -> None:
+    """What does not end when it is told to is killed before the step is said to have been stopped."""
+    pids = tmp_path / "pids"
+    deaf = f"trap '' TERM; echo $BASHPID > {pids}; sleep 60; echo survived"
+    result = await failed(ShellStep(commands=[deaf], timeout=1))
+    assert result.message == "it did not end in 1 s and was stopped"
+    assert [_alive(pid) for pid in _started(pids)] == [False]
 
 
 async def test_cancelling_stops_what_was_started(tmp_path: Path) -> None:
