@@ -7,6 +7,7 @@ safe to repeat, `Retry-After`, a rate limit per account, and the errors of `bloc
 from __future__ import annotations
 
 import asyncio
+import logging
 import ssl
 from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -18,6 +19,8 @@ from weakref import WeakKeyDictionary
 import httpx
 import stamina
 from aiolimiter import AsyncLimiter
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
 from pydantic import TypeAdapter, ValidationError
 
 from blocks.errors import (
@@ -56,6 +59,10 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+_log = logging.getLogger("elt.http")
+# Its own line says only that something will be tried again; ours says what, and why.
+logging.getLogger("stamina").setLevel(logging.ERROR)
 
 
 @cache
@@ -303,9 +310,18 @@ class ApiClient:
 
 
 def _worth_repeating(error: Exception) -> bool | float:
+    try:
+        log: logging.Logger | logging.LoggerAdapter[Any] = get_run_logger()
+    except MissingContextError:
+        log = _log
     if isinstance(error, RateLimited):
+        # That may be minutes, in which nothing else would be heard of the task.
+        log.warning("%s Pausing for %.0f s.", error, error.pause)
         return error.pause
-    return isinstance(error, VendorUnavailable) or (isinstance(error, BadReply) and not error.wrong_address)
+    repeat = isinstance(error, VendorUnavailable) or (isinstance(error, BadReply) and not error.wrong_address)
+    if repeat:
+        log.info("%s That is worth another try.", error)
+    return repeat
 
 
 class Closable(Protocol):

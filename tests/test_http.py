@@ -387,6 +387,17 @@ async def test_gets_are_repeated(sandbox: Sandbox, airbyte: AirbyteServer, kind:
     assert sandbox.requests.count(path="/jobs") == 3
 
 
+async def test_a_pause_is_said_aloud(
+    sandbox: Sandbox, airbyte: AirbyteServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While a request is not sent because the vendor asked us to wait, the log says so."""
+    sandbox.faults.add(kind="status", status=429, headers={"Retry-After": "90"}, path="/jobs", times=1)
+    with stamina.set_testing(True, attempts=6):  # without the wait itself
+        async with airbyte.connect() as api:
+            assert await api.newest_jobs(FLIGHTS) == []
+    assert "Airbyte GET /jobs answered 429: Too Many Requests. Pausing for 90 s." in caplog.text
+
+
 @pytest.mark.parametrize("fault", [{"kind": "html", "status": 200}, {"kind": "status", "status": 404}])
 async def test_what_repeating_can_not_mend(
     sandbox: Sandbox, airbyte: AirbyteServer, fault: dict[str, Any]
