@@ -25,6 +25,7 @@ from flows.parameters import NotifyList
 from tasks.incidents import GIVEN_UP, RUN
 from tasks.missed import begin, close_dead_rescues, missed
 from tasks.rescue import (
+    PENDING_FOR,
     close_task_runs,
     dead,
     declare_dead,
@@ -92,6 +93,7 @@ async def recover(
     delay: Annotated[float, Field(ge=10)] = 15.0,
     silent_for: Annotated[float, Field(gt=0)] = 75.0,
     notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
+    pending_for: Annotated[float, Field(gt=0)] = PENDING_FOR,
 ) -> Rescue | Sweep:
     """Rescue a run whose process died. One that is alive, cancelled, ended or rescued already is left alone.
 
@@ -105,18 +107,20 @@ async def recover(
             twice `PREFECT_FLOWS_HEARTBEAT_FREQUENCY` of whatever runs it. One that is said to have crashed is
             rescued when it has been silent for half of that.
         notify: Who is told of runs whose own parameters name nobody.
+        pending_for: Seconds after which a run that is Pending is dead: as long as whatever runs it may take
+            to come up.
 
     Returns:
         What was done, and why; without a run, what was missed.
     """
     async with get_client() as client:
         if flow_run_id is None:
-            return (await _sweep(client, silent_for, notify)).state  # type: ignore[return-value]
+            return (await _sweep(client, silent_for, pending_for, notify)).state  # type: ignore[return-value]
         try:
             run = await client.read_flow_run(flow_run_id)
         except ObjectNotFound:
             return _left(flow_run_id, "it has been deleted").state  # type: ignore[return-value]
-        crashed = await _crashed(client, run, patience(run, silent_for))
+        crashed = await _crashed(client, run, patience(run, silent_for), pending_for)
         if crashed is None:
             run = await client.read_flow_run(flow_run_id)
             return _left(flow_run_id, _well(run)).state  # type: ignore[return-value]
@@ -126,13 +130,13 @@ async def recover(
     return done.state  # type: ignore[return-value]  # Prefect takes a State for the result in it
 
 
-async def _sweep(client: PrefectClient, silent_for: float, notify: NotifyList) -> Sweep:
+async def _sweep(client: PrefectClient, silent_for: float, pending_for: float, notify: NotifyList) -> Sweep:
     """Begin what was missed, and say that this deployment is well if it was not."""
     if deployment.id is None:
         raise ValueError("Without a run to rescue this is for a run of a deployment: recover/dead-runs.")
     me, log = UUID(str(deployment.id)), get_run_logger()
     closed = await close_dead_rescues(client, me)
-    found = await missed(client, me, silent_for)
+    found = await missed(client, me, silent_for, pending_for)
     for run in found:
         log.warning("The run %s (%s) is dead, and nobody has seen to it", run.name, run.id)
         await begin(client, me, run)
@@ -141,14 +145,16 @@ async def _sweep(client: PrefectClient, silent_for: float, notify: NotifyList) -
     return Sweep(missed=[run.id for run in found], closed=closed)
 
 
-async def _crashed(client: PrefectClient, run: FlowRun, silent_for: float) -> FlowRun | None:
+async def _crashed(
+    client: PrefectClient, run: FlowRun, silent_for: float, pending_for: float
+) -> FlowRun | None:
     """The run in its state Crashed, if it is that or ought to be."""
     if run.state and run.state.is_crashed():
         if await outlived(client, run, silent_for / 2):
             return None
         run = await client.read_flow_run(run.id)
         return run if run.state and run.state.is_crashed() else None
-    silent = await dead(client, run, silent_for)
+    silent = await dead(client, run, silent_for, pending_for)
     if silent is None:
         return None
     since = await last_sign(client, silent)

@@ -28,7 +28,7 @@ from prefect.events.actions import RunDeployment
 from prefect.events.schemas.automations import EventTrigger
 from prefect.events.schemas.events import ResourceSpecification
 
-from tasks.rescue import declare_dead, last_sign, patience
+from tasks.rescue import PENDING_FOR, declare_dead, last_sign, patience
 
 LOOK_BACK = timedelta(hours=24)
 """A run that crashed longer ago is nobody's surprise any more: it is not started again."""
@@ -38,9 +38,6 @@ TRIES = 5
 
 RESCUE_TAKES = timedelta(minutes=30)
 """A rescue that says for longer that it goes on is dead. It watches for minutes at most."""
-
-PENDING_FOR = 900.0
-"""Seconds after which a run that is Pending is dead: containers take minutes to come up."""
 
 _LATE = 2.0  # times its patience: what is younger than that the automations are about to see to
 _PAGE = 200

@@ -41,6 +41,9 @@ RESCHEDULED = "Rescheduled"
 SCRIPT_HEARTBEAT = 180.0
 """Seconds between the heartbeats of a run in a script: Prefect's default."""
 
+PENDING_FOR = 900.0
+"""Seconds after which a run that is Pending is dead: a container may take minutes to come up."""
+
 _LOOK = 5.0  # seconds between two looks at a run that may be alive
 _LAG = timedelta(seconds=1)  # between the death of a process and its report, by two clocks
 _PAGE = 200
@@ -86,29 +89,37 @@ async def _last_beat(client: PrefectClient, run: FlowRun, since: datetime) -> da
     return await last_event(client, [HEARTBEAT], f"prefect.flow-run.{run.id}", since)
 
 
-async def dead(client: PrefectClient, run: FlowRun, silent_for: float) -> FlowRun | None:
+async def dead(
+    client: PrefectClient, run: FlowRun, silent_for: float, pending_for: float = PENDING_FOR
+) -> FlowRun | None:
     """The run, if its process is dead.
 
     It is watched for half of `silent_for` at least, because a server that was away has missed heartbeats that
-    were sent.
+    were sent. One that has only just begun to be Pending is not waited for: when its time is up, somebody
+    asks again.
 
     Args:
         client: Prefect's client.
         run: A flow run that says of itself that it is Pending or Running.
         silent_for: Seconds without a sign of life after which nobody is alive; more than two heartbeats.
+        pending_for: Seconds after which a run that is Pending will never begin. It has no heartbeats, and its
+            infrastructure may take minutes to come up.
 
     Returns:
         The run as it is now, Pending or Running, without a process. None if it is alive or in another state.
     """
     began = datetime.now(UTC)
-    silence = timedelta(seconds=silent_for)
+    watched = began + timedelta(seconds=silent_for / 2)
     while run.state and run.state.type in _OPEN:
         sign = await last_sign(client, run)
         if sign > began:
             return None
-        left = (max(sign, began - silence / 2) + silence - datetime.now(UTC)).total_seconds()
+        silence = timedelta(seconds=pending_for if run.state.is_pending() else silent_for)
+        left = (max(sign + silence, watched) - datetime.now(UTC)).total_seconds()
         if left <= 0:
             return run
+        if run.state.is_pending() and left > silent_for:
+            return None
         await asyncio.sleep(min(left, _LOOK))
         run = await client.read_flow_run(run.id)
     return None

@@ -200,3 +200,10 @@ def test_a_heartbeat_may_be_missed() -> None:
     assert entry.trigger["posture"] == Posture.Proactive.value
     assert entry.trigger["within"] > 2 * max(beats)
     assert specs()["dead-runs"]["parameters"]["silent_for"] > 2 * max(beats)
+
+
+@pytest.mark.no_server
+def test_a_container_may_take_its_time() -> None:
+    """The automation and the flow that it starts have the same patience with a run that is Pending."""
+    (entry,) = [entry for entry in read_entries() if "never began" in entry.name]
+    assert entry.trigger["within"] == specs()["dead-runs"]["parameters"]["pending_for"]

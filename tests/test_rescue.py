@@ -143,6 +143,17 @@ async def test_a_silent_run_is_dead(dead: Dead) -> None:
     assert (await dead.names(run))[-3:] == ["Running", "Crashed", RESCHEDULED]
 
 
+async def test_a_run_that_is_pending(dead: Dead) -> None:
+    """Its container may take longer to come up than a heartbeat may be missing; not for ever, though."""
+    run = await dead.run(Pending())
+    await asyncio.sleep(3)
+    done = await recover(run.id, silent_for=1)  # called for an earlier death, by an event that came late
+    assert (done.did, done.why) == ("left alone", "it is alive")
+    assert (await dead.names(run))[-1] == "Pending"
+    assert (await recover(run.id, silent_for=1, pending_for=2)).did == "rescheduled"
+    assert (await dead.names(run))[-3:] == ["Pending", "Crashed", RESCHEDULED]
+
+
 async def _beat(client: PrefectClient, run: FlowRun) -> None:
     event = {
         "id": str(uuid4()),
