@@ -106,8 +106,7 @@ async def dbt_build(
     Args:
         dbt: The project and what to run of it.
         exclude: What else to leave out, in dbt's selection syntax, such as `source:raw_weather.weather+`.
-        Unlike
-            dbt's own --exclude it holds beside a selector too.
+            Unlike dbt's own --exclude it holds beside a selector too.
         retry_of: A flow run whose last dbt build, the same as this, is to be taken up where it failed.
         parsed: A `partial_parse.msgpack` of this project to be taken as it is, if it is there. dbt itself
             parses everything anew as soon as a variable has another value.
@@ -122,6 +121,9 @@ async def dbt_build(
     """
     logger = get_run_logger()
     project = await asyncio.to_thread(look_at, dbt)
+    if said := dbt.options_in_environment:
+        message = "dbt takes options from the environment: %s. They change what is built, or how."
+        logger.warning(message, ", ".join(said))
     excluded = sorted(set(exclude))
     if dbt.engine == "prefect-dbt":
         from tasks.dbt.in_process import run_in_process
@@ -232,8 +234,7 @@ async def check_dbt(dbt: DbtCore, *, lock_wait: float = 3.0) -> DbtPlan:
 
     Raises:
         DbtError: With one sentence about what is wrong: project, profile, target, selection, a compilation
-        error, a
-            DuckDB file that another process holds.
+            error, a DuckDB file that another process holds.
     """
     project = await asyncio.to_thread(look_at, dbt)
     found: dict[str, Any] = {}

@@ -225,6 +225,15 @@ class TestSurroundings:
         compiled = {node.name: node.compiled_path for node in told(state).result.nodes}["b"]
         assert compiled == str(tmp_path / "elsewhere/compiled/shop/models/b.sql")
 
+    def test_options_in_the_environment_are_told(
+        self, plain: Project, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """What a worker's environment changes about a build stands in the log of the run."""
+        env = {**plain.core().env, "DBT_RESOURCE_TYPES": "seed model", "DBT_FULL_REFRESH": "false"}
+        build_project(dbt=plain.core(env=env), retries=0, return_state=True)
+        (said,) = [record.message for record in caplog.records if "from the environment" in record.message]
+        assert "environment: DBT_RESOURCE_TYPES=seed model. They" in said
+
     async def test_a_profile_in_the_home_folder(
         self, plain: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

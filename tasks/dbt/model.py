@@ -36,6 +36,20 @@ COMMAND_TYPES: dict[str, frozenset[str]] = {
 }
 NEVER_RUN = frozenset({"source", "exposure", "metric", "semantic_model", "analysis"})
 
+# Options of dbt's that decide what a build does, and that it also takes from its environment.
+_OPTIONS = (
+    "DBT_FULL_REFRESH",
+    "DBT_EMPTY",
+    "DBT_SAMPLE",
+    "DBT_RESOURCE_TYPES",
+    "DBT_EXCLUDE_RESOURCE_TYPES",
+    "DBT_INDIRECT_SELECTION",
+    "DBT_DEFER",
+    "DBT_FAVOR_STATE",
+    "DBT_FAIL_FAST",
+)
+_OFF = ("0", "false", "f", "no", "n", "off")
+
 
 class DbtCore(ToolParameters):
     """A dbt Core project and how to run it: a flow parameter, a form in the UI, a line in a deployment."""
@@ -173,6 +187,12 @@ class DbtCore(ToolParameters):
     def variable(self, name: str) -> str | None:
         """What dbt will find in its environment under this name; None if that is nothing."""
         return self.env.get(name, os.environ.get(name)) or None
+
+    @property
+    def options_in_environment(self) -> list[str]:
+        """What a worker's environment says to dbt about what is built: nobody sees it in the parameters."""
+        said = {name: self.variable(name) for name in _OPTIONS}
+        return [f"{name}={value}" for name, value in said.items() if value and value.lower() not in _OFF]
 
     def find_profiles_dir(self) -> Path:
         """Where profiles.yml is looked for: dbt's own rules, seen from the project folder."""
