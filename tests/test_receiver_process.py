@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -31,6 +32,7 @@ from blocks.receiver import (
     FivetranWebhook,
     GitWebhook,
     PagerDutyWebhook,
+    S3Webhook,
     SignedWebhook,
     SlackCommand,
 )
@@ -226,6 +228,7 @@ async def test_the_server_goes_and_comes_back(
 
 # --- strangers ---
 
+_S3, _TOPIC = "/hooks/s3-webhook/main", "arn:aws:sns:us-east-1:1:landing"
 _EVENT = {"event": "sync_end", "created": "2026-03-02T07:02:54Z", "connector_id": "x", "sync_id": "y"}
 _VALID = {
     "fivetran-webhook": by_fivetran({**_EVENT, "data": {"status": "SUCCESSFUL"}}),
@@ -269,6 +272,7 @@ def _save_all() -> list[str]:
         url_secret=SECRET, server=AirbyteServer(base_url="http://127.0.0.1:9", token=SecretStr("x"))
     )
     blocks: list[EventSource] = [
+        S3Webhook(api_key=SECRET, topics=[_TOPIC]),
         FivetranWebhook(secret=SECRET),
         DbtCloudWebhook(secret=SECRET),
         CensusWebhook(secret=SECRET),
@@ -307,8 +311,32 @@ def _by_strangers(chance: random.Random) -> Iterator[Sent]:
     for body in (b"[]", b"{", b'{"data": 1}', b'{"data": {"jobId": {}}}', b'{"data": {"jobId": -1}}'):
         yield Sent(f"/hooks/airbyte-webhook/main/{secret}", body)
     yield by_slack({"team_id": "T1"}, at=time.time() - 1000)
+    for digits in (20, 400, 5_000):
+        slack = by_slack({"team_id": "T1"})
+        yield slack.but(headers={**slack.headers, "X-Slack-Request-Timestamp": "9" * digits})
+    for address in ("\nx.pem", "\ud800.pem", " .pem", "x" * 70_000 + ".pem", "\t:99999999/x.pem"):
+        yield _by_topic(SigningCertURL=f"https://sns.us-east-1.amazonaws.com/{address}")
+        yield _by_topic(SigningCertURL=f"https://sns.us-east-1.amazonaws.com{address}")
+    for body in (b"[]", b"5", b"[" * 50_000, as_json({"Type": "Notification", "Message": "[" * 50_000})):
+        yield Sent(_S3, body, {"x-amz-sns-message-type": "Notification"})
+        yield Sent(_S3, body, {"x-api-key": SECRET.get_secret_value()})
     yield Sent("/hooks/nothing/main", b"{}")
     yield Sent("/hooks/", b"{}")
+
+
+def _by_topic(**changes: str) -> Sent:
+    """A message of SNS's topic that SNS has not signed."""
+    message = {
+        "Type": "Notification",
+        "MessageId": "1",
+        "TopicArn": _TOPIC,
+        "Message": "{}",
+        "Timestamp": datetime.now(UTC).isoformat(),
+        "SignatureVersion": "1",
+        "Signature": "",
+        **changes,
+    }
+    return Sent(_S3, as_json(message), {"x-amz-sns-message-type": "Notification"})
 
 
 def _by_slips(chance: random.Random) -> Iterator[Sent]:

@@ -187,6 +187,10 @@ def test_nothing_is_asked_of_others() -> None:
         ("https://bucket.s3.eu-west-1.amazonaws.com/x.pem", False),
         ("https://example.org/sns.eu-west-1.amazonaws.com", False),
         ("https://[", False),
+        ("https://sns.eu-west-1.amazonaws.com/\nx.pem", False),
+        ("https://sns.eu-west-1.amazonaws.com/\ud800x.pem", False),
+        ("https://sns.eu-west-1.amazonaws.com/ x.pem", False),
+        (f"https://sns.eu-west-1.amazonaws.com/{'x' * 70_000}.pem", False),
         ("", False),
     ],
 )
@@ -224,6 +228,32 @@ def test_certificates_that_are_none() -> None:
             read(aws.message(), FROM_SNS, aws)
     with pytest.raises(TryAgain, match="500"):
         read(away.message(), FROM_SNS, away)
+
+
+@pytest.mark.parametrize("status", [301, 403, 404])
+def test_certificates_that_aws_does_not_have(status: int) -> None:
+    """Anybody can make up an address at AWS: that is a forged message, and not one to be sent again."""
+    aws = Aws(status=status)
+    with pytest.raises(BadSignature, match=str(status)):
+        read(aws.message(), FROM_SNS, aws)
+
+
+@pytest.mark.parametrize("status", [408, 429, 503])
+def test_certificates_that_aws_has_later(status: int) -> None:
+    """What passes at AWS is no fault of the sender's."""
+    aws = Aws(status=status)
+    with pytest.raises(TryAgain, match=str(status)):
+        read(aws.message(), FROM_SNS, aws)
+
+
+@pytest.mark.parametrize(
+    "said", ["[" * 5_000, '{"a":' * 5_000, "5", "null", '"Type"', '{"Type": "Notification"}']
+)
+def test_a_topic_that_carries_something_else(said: str) -> None:
+    """Signed by AWS, and nothing of S3's in it: refused, whatever it is."""
+    aws = Aws()
+    with pytest.raises(Refused, match="no event of S3's"):
+        read(aws.message(Message=said), FROM_SNS, aws)
 
 
 @pytest.mark.parametrize(

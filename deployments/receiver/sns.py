@@ -35,6 +35,8 @@ _SIGNED = {
 }
 # SNS tries for up to 23 days, but only where it is asked to; an hour by default.
 _OLDEST = timedelta(hours=24)
+_PASSES = (408, 429)  # of AWS's answers, beside 5xx
+_ADDRESS = re.compile(r"[!-~]{1,2048}")
 _KEPT = 16  # certificates
 _LARGEST = 20_000  # bytes of a certificate
 
@@ -95,7 +97,7 @@ class Sns:
         """Visit the address that confirms a subscription; the message must be verified.
 
         Raises:
-            BadSignature: It is no address of SNS's.
+            BadSignature: It is no address of SNS's, or SNS knows of no such subscription.
             TryAgain: SNS does not take it now.
         """
         await self._get(message.subscribe_url or "", "the confirmation")
@@ -123,10 +125,14 @@ class Sns:
             raise BadSignature(f"the address of {what} is none of AWS's")
         try:
             reply = await self._client.get(url)
+        except (httpx.InvalidURL, UnicodeError):
+            raise BadSignature(f"the address of {what} is none") from None
         except httpx.HTTPError as error:
             raise TryAgain(f"{what} can't be fetched ({type(error).__name__})") from None
-        if not reply.is_success or len(reply.content) > _LARGEST:
+        if reply.is_server_error or reply.status_code in _PASSES:
             raise TryAgain(f"{what}: AWS answered {reply.status_code}")
+        if not reply.is_success or len(reply.content) > _LARGEST:  # a stranger has made the address up
+            raise BadSignature(f"{what}: AWS answered {reply.status_code}")
         return reply.content
 
 
@@ -140,6 +146,9 @@ def urlsplit_path(url: str) -> str:
 
 def is_sns(url: str) -> bool:
     """Whether this is an https address of SNS itself."""
+    # Python's parser takes line breaks out of an address, httpx refuses it because of them.
+    if not _ADDRESS.fullmatch(url):
+        return False
     try:
         parts = urlsplit(url)
     except ValueError:

@@ -87,9 +87,10 @@ def s3_events(body: Any, *, encoded_keys: bool = True) -> list[EltEvent] | None:
     if body.get("Type") == "Notification" and isinstance(body.get("Message"), str):
         try:
             body = json.loads(body["Message"])
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
-        return s3_events(body, encoded_keys=encoded_keys) if "Type" not in body else None
+        within = isinstance(body, dict) and "Type" not in body  # one envelope, not a hundred of them
+        return s3_events(body, encoded_keys=encoded_keys) if within else None
     if body.get("Event") == "s3:TestEvent":
         return []
     try:
