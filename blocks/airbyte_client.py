@@ -7,6 +7,7 @@ import base64
 import binascii
 import json
 import logging
+import math
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -34,7 +35,9 @@ if TYPE_CHECKING:
     from blocks.airbyte import AirbyteServer
 
 _TOKEN_LIFETIME = 150.0  # where neither `expires_in` nor the JWT says: Cloud's oldest figure is 180 s
-_EXPLAIN_WITHIN = 5.0  # seconds; a reason that is long in coming must not hold up the watching of others
+_EXPLAIN_WITHIN = 5.0  # seconds; details that are long in coming must not hold up the watching of others
+_EXPLAIN_AGAIN = 60.0  # seconds without asking after some that did not come
+_AT_ONCE = 10
 _ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 _log = logging.getLogger("elt.airbyte")
 _KINDS: tuple[ApiKind, ...] = ("public", "config")
@@ -57,7 +60,9 @@ class AirbyteClient:
         self._auth = self._make_auth()
         self._finding = asyncio.Lock()
         self._open: dict[ApiKind, AirbyteApi] = {}
-        self._explains = not server.in_cloud
+        self._explains_from = math.inf if server.in_cloud else 0.0  # monotonic seconds
+        # With a limit they would wait for their turns, and that wait is not the server's.
+        self._explaining = asyncio.Semaphore(1 if server.requests_per_second else _AT_ONCE)
 
     async def aclose(self) -> None:
         """Close the connections."""
@@ -86,23 +91,26 @@ class AirbyteClient:
         return None if self._server.in_cloud else self._of(ConfigApi)
 
     async def explain(self, job: Job) -> Job:
-        """The job with its attempts and their failures, where they can be had.
+        """The job with its attempts and their failures, its streams and rejected rows, where they can be had.
 
         The public API does not tell them, but a self-managed server's Config API may, to the same
-        credentials.
-        Never raises a `VendorError`: a job's end is told with or without its reason.
+        credentials. What has ended is asked for again while there is time: what is not told then never is.
+        Never raises a `VendorError`: a job's end is told with or without its details.
         """
-        if not self._explains or (config := self.config) is None:
-            return job
-        try:
-            async with asyncio.timeout(_EXPLAIN_WITHIN):
-                told = await config.job(job.id, retry=False)
-        except (VendorError, TimeoutError) as error:
-            # A server that is busy may tell the next one; one without such an API, or that refuses, will not.
-            hopeless = AuthError | NotFoundError | TimeoutError
-            self._explains = not (isinstance(error, hopeless) or getattr(error, "wrong_address", False))
-            _log.debug("no reason to be had for Airbyte job %s: %s", job.id, error)
-            return job
+        async with self._explaining:
+            if time.monotonic() < self._explains_from or (config := self.config) is None:
+                return job
+            try:
+                async with asyncio.timeout(_EXPLAIN_WITHIN):
+                    told = await config.job(job.id, retry=job.ended)
+            except (VendorError, TimeoutError) as error:
+                # A server that is busy may tell later; one without such an API, or that refuses, will not.
+                if isinstance(error, AuthError | NotFoundError) or getattr(error, "wrong_address", False):
+                    self._explains_from = math.inf
+                elif isinstance(error, TimeoutError):
+                    self._explains_from = time.monotonic() + _EXPLAIN_AGAIN
+                _log.debug("no details to be had of Airbyte job %s: %s", job.id, error)
+                return job
         return job.with_details(told)
 
     def _of(self, api: type[_Api]) -> _Api:

@@ -123,9 +123,9 @@ async def airbyte_sync(sync: AirbyteSync) -> JobResult:
         sync: The connection, its server and its policy (times in seconds).
 
     Returns:
-        Rows and bytes committed, the duration in seconds and the job's link. Attempts, rejected rows and what
-        became of each stream only over the Config API: the public one does not tell them. A failure's reason
-        is asked of a self-managed server's Config API in either case.
+        Rows and bytes committed, the duration in seconds and the job's link. Attempts, rejected rows, what
+        became of each stream and why it failed are asked of a self-managed server's Config API, whichever
+        API the block names. Airbyte Cloud has none: a job of which only a part landed is a success there.
 
     Raises:
         InputError: The connection does not exist or is not active. Nothing was started.

@@ -131,11 +131,14 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
             return dict(await asyncio.gather(*map(look, sorted(wanted))))
 
     async def _explain(self, client: AirbyteClient, api: AirbyteApi, job: Job) -> Job:
-        """The job with what is worth a request of its own: why it failed, and what became of its streams."""
+        """The job with what is worth a request of its own: why it failed, and what became of its streams.
+
+        Of a job that succeeded, too: one of which only a part landed is called so as well.
+        """
         if api.kind == "config":
             unsaid = not job.streams or (job.status == "failed" and not job.failures)
             return await client.explain(job) if job.ended and unsaid else job
-        if job.status not in ("failed", "incomplete"):
+        if job.status not in ("succeeded", "failed", "incomplete"):
             self._explained.pop(job.id, None)
             return job
         told = self._explained.pop(job.id, None)
@@ -215,7 +218,8 @@ async def _create(client: AirbyteClient, api: AirbyteApi, request: AirbyteReques
 
 def _status(job: Job) -> JobStatus:
     state = _STATES.get(job.status)
-    if state is JobState.SUCCEEDED and job.failures and job.attempts and job.attempts[-1].failures:
+    last = job.attempts[-1] if job.attempts else None
+    if state is JobState.SUCCEEDED and last and (last.failures or last.partial):
         state = JobState.PARTIAL  # it is called succeeded, and some of its streams did not land
     return JobStatus(
         state=state or JobState.RUNNING,
@@ -244,7 +248,7 @@ def _message(job: Job, state: JobState | None) -> str | None:
         case JobState.FAILED:
             return "Airbyte says failed and gives no reason; the job's log is on its page"
         case JobState.PARTIAL:
-            return f"only a part landed: {why}{more}"
+            return f"only a part landed: {why or 'Airbyte names no reason'}{more}"
         case JobState.RUNNING | JobState.RETRYING | JobState.QUEUED if why:
             failed = sum(1 for attempt in job.attempts or [] if attempt.status == "failed")
             return f"attempt {failed} failed: {why}{more}"

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
 import pytest
 
 from blocks import AirbyteServer
+from blocks.airbyte_model import Attempt, Job
 from blocks.http import NotFoundError
 from sandbox import Sandbox, catalog
 from tasks.airbyte import AirbyteVendor
-from tasks.airbyte_jobs import AirbyteRequest
+from tasks.airbyte_jobs import AirbyteRequest, _status
 from tasks.jobs import JobFailed, JobState, MemoryJournal, run_job
 from tests.airbyte_fixtures import APIS, QUICK, config, server
 from tests.jobs_fixtures import Desk
@@ -81,6 +84,44 @@ async def test_succeeded_in_part(config: Desk) -> None:
     assert result.good
 
 
+async def test_succeeded_in_part_over_the_public_api(sandbox: Sandbox) -> None:
+    """The public API calls it succeeded and no more; the Config API of the same server tells the rest."""
+    desk = Desk(sandbox, server(sandbox, "public"))
+    sandbox.airbyte.connection(desk.connection_id).streams = [{"name": "orders"}, {"name": "items"}]
+    desk.behave(outcome="partial", reason="No such column: price", duration=0.5)
+    with pytest.raises(JobFailed, match="only a part landed: No such column: price") as caught:
+        await desk.run()
+    assert caught.value.result.state is JobState.PARTIAL
+    assert [s.state for s in caught.value.result.streams] == [JobState.SUCCEEDED, JobState.FAILED]
+    assert asked(sandbox, "/api/v1/jobs/") == 1
+
+
+async def test_what_the_public_api_does_not_count(sandbox: Sandbox) -> None:
+    """Attempts, streams and rejected rows of a job that went well are the Config API's, too."""
+    limited = server(sandbox, "public").model_copy(update={"requests_per_second": 50.0})
+    desk = Desk(sandbox, limited)
+    desk.behave(rows=1001, rejected=7)
+    result = await desk.run()
+    assert (result.rows, result.rows_rejected, result.attempts) == (1001, 7, 1)
+    assert [stream.state for stream in result.streams] == [JobState.SUCCEEDED]
+
+
+def test_partial_without_a_reason() -> None:
+    """An attempt that says it was a partial success is one, whether it names a failure or not."""
+    job = Job(
+        jobId="1",
+        status="succeeded",
+        connectionId="c",
+        startTime=datetime(2026, 1, 1, tzinfo=UTC),
+        attempts=[Attempt(status="succeeded", partial=True)],
+    )
+    status = _status(job)
+    assert (status.state, status.message) == (
+        JobState.PARTIAL,
+        "only a part landed: Airbyte names no reason",
+    )
+
+
 async def test_no_attempts_just_after_the_start(config: Desk) -> None:
     """A job without any attempt yet is a job; `attempts[-1]` of an empty list is nobody's business."""
     config.behave(duration=5)
@@ -112,24 +153,41 @@ async def test_the_public_api_borrows_the_reason(sandbox: Sandbox, caplog: pytes
     ],
     ids=str,
 )
-async def test_a_reason_that_is_not_to_be_had(sandbox: Sandbox, trouble: dict[str, Any]) -> None:
-    """Where the Config API fails, however it does, the job's failure is told all the same."""
+async def test_a_reason_that_is_not_to_be_had(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, trouble: dict[str, Any]
+) -> None:
+    """Where the Config API fails, however it does, the job's end is told all the same."""
+    monkeypatch.setattr("blocks.airbyte_client._EXPLAIN_WITHIN", 1.0)
     desk = Desk(sandbox, server(sandbox, "public"))
     desk.behave(outcome="fail")
     desk.fault(path="^/api/v1/", **trouble)
     with pytest.raises(JobFailed, match="its public API gives no reason, the job's page does"):
         await desk.run()
+    desk.behave(outcome="succeed")
+    assert (await Desk(sandbox, server(sandbox, "public")).run()).state is JobState.SUCCEEDED
 
 
-async def test_a_refused_reason_is_not_asked_for_again(sandbox: Sandbox) -> None:
-    """A server whose Config API refuses us is asked once and not once per failed job."""
+async def test_details_that_come_late(sandbox: Sandbox) -> None:
+    """A Config API that fails once is asked again: what a job that succeeded hides is not lost by that."""
+    desk = Desk(sandbox, server(sandbox, "public"))
+    desk.behave(outcome="partial", duration=0.3)
+    desk.fault(kind="status", status=503, path="^/api/v1/", times=1)
+    with pytest.raises(JobFailed, match="only a part landed"):
+        await desk.run()
+
+
+@pytest.mark.parametrize("outcome", ["fail", "succeed"])
+async def test_a_refused_reason_is_not_asked_for_again(sandbox: Sandbox, outcome: str) -> None:
+    """A server whose Config API refuses us is asked once and not once per job."""
     sandbox.airbyte.settings.apis = "public"
     desk = Desk(sandbox, server(sandbox, "public"))
-    desk.behave(outcome="fail")
+    desk.behave(outcome=outcome)
     async with desk.vendor.session():
         for _ in range(3):
-            with pytest.raises(JobFailed):
+            desk.journal = MemoryJournal()
+            with pytest.raises(JobFailed) if outcome == "fail" else nullcontext():
                 await desk.run()
+    assert len(desk.jobs) == 3
     assert asked(sandbox, "/api/v1/") == 1
 
 

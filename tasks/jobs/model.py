@@ -67,7 +67,8 @@ class JobPolicy(BaseModel):
     on_partial: Literal["fail", "warn", "ok"] | None = Field(
         default=None,
         description="What a partial end is: a failure, a success with a warning, or a success. "
-        "Empty: the tool's default (Airbyte fail; Hightouch and Census warn).",
+        "Empty: the tool's default (Airbyte fail; Hightouch and Census warn). Airbyte Cloud's API calls "
+        "a job of which only a part landed a success, and so must we.",
     )
     min_rows: int | None = Field(
         default=None, ge=0, description="A job that succeeded with fewer rows than this is PARTIAL."
