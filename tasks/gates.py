@@ -14,6 +14,7 @@ from uuid import UUID
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
+from prefect.logging import get_run_logger
 from prefect.runtime import flow_run, task_run
 from prefect_sqlalchemy import SqlAlchemyConnector
 from pydantic import (
@@ -28,8 +29,9 @@ from sqlalchemy.exc import SQLAlchemyError
 from blocks.reference import load_block
 from tasks.dbt.freshness import SourceAge
 from tasks.dbt.model import DbtState
+from tasks.intervals import Moment
 from tasks.jobs import JobResult, JobState, ToolParameters, without_traceback
-from tasks.jobs.history import Resource, rows_of_earlier_runs
+from tasks.jobs.history import Resource, note_too_few, rows_of_earlier_runs
 from tasks.sql import DatabaseRef, reason_of, with_database
 
 SOURCE = "dbt-source"
@@ -73,14 +75,23 @@ class RowsGate(_Gate):
         gt=0,
         le=1,
         title="Share of usual",
-        description="Of the median of the last good syncs; without a history everything passes.",
+        description="Of the median of the last good syncs; without a history everything passes. A sync that "
+        "a gate of rows found too small is none of them.",
     )
     runs: int = Field(default=5, ge=1, le=50, title="Runs", description="How many syncs make what is usual.")
+    usual_since: Moment | None = Field(
+        default=None,
+        title="Usual since",
+        description="Runs that began before do not count for what is usual. For a source that is smaller for "
+        "good: from this day on its syncs are measured by those that follow.",
+    )
 
     @model_validator(mode="after")
     def _expects_something(self) -> RowsGate:
         if self.at_least is None and self.share_of_usual is None:
             raise ValueError("a gate of rows needs at_least, share_of_usual, or both")
+        if self.usual_since is not None and self.share_of_usual is None:
+            raise ValueError("usual_since is about share_of_usual, which is not given")
         return self
 
     @property
@@ -248,11 +259,7 @@ async def look_at_gate(gate: RowsGate | SqlGate, jobs: list[JobResult]) -> list[
 async def _rows(gate: RowsGate, jobs: Sequence[JobResult]) -> dict[str, str]:
     # A sync that a retry did not repeat has its rows too.
     told = [job for job in jobs if job.state is not JobState.SKIPPED]
-    usual: Mapping[Resource, list[int]] = {}
-    if gate.share_of_usual is not None:
-        this_run = UUID(flow_run.id) if flow_run.id else None
-        wanted = {(job.vendor, job.resource_id) for job in told}
-        usual = await rows_of_earlier_runs(wanted, runs=gate.runs, but=this_run)
+    usual = await _usual(gate, told) if gate.share_of_usual is not None else {}
     found: dict[str, str] = {}
     for job in told:
         rows = job.rows or 0
@@ -268,7 +275,27 @@ async def _rows(gate: RowsGate, jobs: Sequence[JobResult]) -> dict[str, str]:
                 f"{landed}; at least {gate.share_of_usual:.0%} of the usual {median(history):,.0f} were "
                 f"expected ({runs})"
             )
+    # Else a source that stays small would be usual before long, and its alarm be taken back.
+    await note_too_few(
+        gate.label, {(job.vendor, job.resource_id): job.resource_id in found for job in told}, told
+    )
     return found
+
+
+async def _usual(gate: RowsGate, jobs: Sequence[JobResult]) -> Mapping[Resource, list[int]]:
+    this_run = UUID(flow_run.id) if flow_run.id else None
+    wanted = {(job.vendor, job.resource_id) for job in jobs}
+    earlier = await rows_of_earlier_runs(wanted, runs=gate.runs, but=this_run, since=gate.usual_since)
+    for job in jobs:
+        if not earlier.complete and (job.vendor, job.resource_id) not in earlier.rows:
+            # It stays open: a connection that is new has none either, and would never get any.
+            get_run_logger().warning(
+                "%s, %s: no earlier sync of it is in the newest journals, so that nothing is known of what "
+                "is usual, and the gate opens whatever has landed",
+                job.name,
+                gate.label,
+            )
+    return earlier.rows
 
 
 async def _sql(gate: SqlGate) -> str | None:

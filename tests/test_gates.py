@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import pytest
+from prefect import flow, task
 from prefect.artifacts import acreate_markdown_artifact
+from prefect.client.orchestration import get_client
+from prefect.flow_engine import run_flow
+from prefect.futures import PrefectFuture
 from prefect.logging import disable_run_logger
 from prefect_sqlalchemy import SqlAlchemyConnector
 from pydantic import TypeAdapter, ValidationError
@@ -19,8 +24,9 @@ from tasks.dbt.freshness import SourceAge
 from tasks.dbt.lineage import Lineage, LineageNode
 from tasks.dbt.model import DbtPlan, DbtState
 from tasks.gates import Finding, FreshnessGate, GateCheck, RowsGate, SqlGate, check_gates, look_at_gate
-from tasks.jobs import InputError, JobResult, JobState
+from tasks.jobs import Entry, EventLoopTaskRunner, InputError, JobResult, JobState
 from tasks.jobs.history import rows_of_earlier_runs
+from tasks.jobs.journal import current_journal
 from tests.flows_fixtures import Runs, box, runs, sources, starts
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 from tests.test_flows import _chain
@@ -129,11 +135,73 @@ async def test_what_is_usual() -> None:
     await _journal(5, name, operation="clear")
     await _journal(0, name)  # else a source that stays empty would be usual before long
     resource = ("airbyte", f"id-{name}")
-    assert await rows_of_earlier_runs([resource], runs=2, but=None) == {resource: [90, 110]}
+    assert (await rows_of_earlier_runs([resource], runs=2, but=None)).rows == {resource: [90, 110]}
     gate = RowsGate(share_of_usual=0.5, runs=5)
     assert await messages(gate, job(50, name), job(0, "never-seen-before")) == []
     (message,) = await messages(gate, job(49, name))
     assert message.endswith("49 rows landed; at least 50% of the usual 100 were expected (the last 3 syncs)")
+
+
+def _landed(rows: int, name: str, *gates: RowsGate, deployment: UUID | None = None) -> list[list[str]]:
+    """A run in which a sync lands so many rows, and what each gate has to say of it."""
+
+    @flow(name="landing", task_runner=EventLoopTaskRunner())
+    def landing() -> list[list[str]]:
+        result = job(rows, name)
+        _record.submit(result).result()
+        looks: list[PrefectFuture[Any]] = [look_at_gate.submit(gate, [result]) for gate in gates]
+        return [[finding.message for finding in look.result()] for look in looks]
+
+    if deployment is None:
+        return landing()
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(deployment)
+    return run_flow(landing, flow_run=run, return_type="result")  # type: ignore[return-value]
+
+
+@task
+async def _record(result: JobResult) -> None:
+    key = f"{result.vendor}:sync:{result.resource_id}"
+    fields = {name: getattr(result, name) for name in ("vendor", "resource_id", "name")}
+    await current_journal().record(Entry(key=key, since=datetime.now(UTC), result=result, **fields))
+
+
+def test_too_few_rows_do_not_become_usual() -> None:
+    """However often too little lands the gate stays shut, until somebody accepts it as the new measure.
+
+    Another gate of the same run, which found enough, takes nothing back.
+    """
+    name = f"shrunk-{uuid4()}"
+    gate, other = RowsGate(share_of_usual=0.5, runs=3), RowsGate(at_least=1, name="at all")
+    assert _landed(1000, name, gate) == [[]]
+    for _ in range(4):
+        (found, nothing) = _landed(10, name, gate, other)
+        assert (len(found), nothing) == (1, [])
+        assert "10 rows landed; at least 50% of the usual 1,000 were expected" in found[0]
+    accepted = gate.model_copy(update={"usual_since": datetime.now(UTC)})
+    assert _landed(10, name, accepted) == [[]]
+    assert "of the usual 10 were expected" in _landed(2, name, accepted)[0][0]
+
+
+def test_what_is_usual_is_found_however_many_others_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run finds the syncs of its own deployment; where it can't find any it says so."""
+    monkeypatch.setattr("tasks.jobs.history._PAGE", 2)
+    monkeypatch.setattr("tasks.jobs.history._MOST_PAGES", 2)
+    name, gate = f"daily-{uuid4()}", RowsGate(share_of_usual=0.5)
+    with get_client(sync_client=True) as client:
+        landing = client.create_flow_from_name("landing")
+        daily, other = (client.create_deployment(landing, f"{kind}-{name}") for kind in ("daily", "other"))
+    _landed(1000, name, deployment=daily)
+    for _ in range(4):
+        _landed(50, "of-another-pipeline", deployment=other)
+    assert "of the usual 1,000" in _landed(10, name, gate, deployment=daily)[0][0]
+    assert "no earlier sync of it is in the newest journals" not in caplog.text
+    for _ in range(4):
+        _landed(50, "of-another-pipeline", deployment=other)
+    assert _landed(10, name, gate, deployment=other) == [[]]
+    assert "no earlier sync of it is in the newest journals" in caplog.text
 
 
 def test_a_sync_that_succeeded_with_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
@@ -251,6 +319,7 @@ def test_a_gate_about_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
     [
         ({"tool": "rows"}, "needs at_least, share_of_usual, or both"),
         ({"tool": "rows", "share_of_usual": 1.5}, "less than or equal to 1"),
+        ({"tool": "rows", "at_least": 1, "usual_since": "2026-03-01"}, "share_of_usual, which is not given"),
         ({"tool": "sql", "database": "w", "query": ""}, "at least 1 character"),
         ({"tool": "sql", "database": "w", "query": "x", "atleast": 1}, "Extra inputs"),
         ({"tool": "sql", "database": "w", "query": "x", "at_most": float("nan")}, "finite number"),

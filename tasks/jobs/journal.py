@@ -59,6 +59,7 @@ class Entry(Intent):
     handle: JobHandle | None = None
     result: JobResult | None = None
     lease: UUID | None = Field(default=None, description="Its slot of a concurrency limit: see slots.py.")
+    too_few: list[str] = Field(default=[], description="Gates that found too few rows in it.")
     updated: datetime = Field(default_factory=lambda: datetime.now(UTC))
 
     @property
