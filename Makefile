@@ -9,7 +9,7 @@
 #   make test [ARGS="-k journal"]         the tests, on all cores
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
-#   make automations [ARGS=--check]       deployments/automations.yaml onto the server of PREFECT_API_URL
+#   make automations [ENV=dev] [ARGS=--check]       deployments/automations.yaml onto the server of PREFECT_API_URL
 #   make deploy [ENV=dev | BRANCH=x]     all deployments on the server of PREFECT_API_URL; ARGS=--check
 #   make undeploy BRANCH=x                takes a branch's deployments down again
 #   make docs                             the dbt project's own site
@@ -77,7 +77,7 @@ pipelines: $(READY)
 	@$(BIN)/python -m deployments.pipelines $(ARGS)
 
 automations: $(READY)
-	@$(BIN)/python -m deployments.automations $(ARGS)
+	@$(BIN)/python -m deployments.automations $(if $(ENV),--env $(ENV)) $(ARGS)
 
 deploy: $(READY)
 	@$(BIN)/python -m deployments.deploy $(if $(ENV),--env $(ENV)) $(if $(BRANCH),--branch $(BRANCH)) $(ARGS)

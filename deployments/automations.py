@@ -1,8 +1,12 @@
 """`make automations`: puts the automations of deployments/automations.yaml on a Prefect server.
 
 Run twice, the second time says that there is nothing to do. An automation is known again by its name and the
-tag `elt-flows`; what has changed in the file is changed on the server, in place. One that an operator has
-switched off stays off. One that is no longer in the file is offered for deletion.
+tag `elt-flows`, with the environment's prefix. What has changed in the file is changed on the server, in
+place. One that an operator has switched off stays off. One that is no longer in the file is offered for
+deletion.
+
+With `--env` they are another environment's: they start its deployments, and those by which the server itself
+tells are left to the default environment, because they are of the whole server.
 """
 
 from __future__ import annotations
@@ -22,11 +26,11 @@ from prefect.events.schemas.automations import Automation, AutomationCore
 from prefect.exceptions import ObjectNotFound
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from deployments.environments import DeployError, load_yaml, parse
+from deployments.environments import DeployError, Environment, load_yaml, parse, read_environments
 
 FILE = Path(__file__).with_name("automations.yaml")
 TAG = "elt-flows"
-"""What marks an automation as one of ours."""
+"""What marks an automation as one of ours; behind it stands the environment's prefix, if it has one."""
 
 _PAGE = 200
 
@@ -87,20 +91,43 @@ def read_entries(file: Path = FILE) -> list[Entry]:
     return entries
 
 
-async def resolve(client: PrefectClient, entries: Iterable[Entry]) -> list[AutomationCore]:
+def of_environment(entries: Sequence[Entry], here: Environment) -> list[Entry]:
+    """The automations of an environment that is not the default: those that start its deployments."""
+    return [
+        entry.model_copy(update={"name": f"{here.prefix}{entry.name}"})
+        for entry in entries
+        if all("deployment" in action for action in entry.actions)
+    ]
+
+
+def tag_of(here: Environment | None) -> str:
+    """What marks the automations of an environment."""
+    return f"{TAG}:{here.prefix}" if here and here.prefix else TAG
+
+
+async def resolve(
+    client: PrefectClient, entries: Iterable[Entry], here: Environment | None = None
+) -> list[AutomationCore]:
     """The automations as this server takes them, with its ids of deployments and blocks.
+
+    Args:
+        client: Prefect's client.
+        entries: The automations, by the names of the environment.
+        here: The environment, whose prefix the deployments have.
 
     Raises:
         AutomationsError: A deployment or a block is not there, or an entry is no automation.
     """
-    names = _Names(client)
+    names = _Names(client, here)
     found: list[AutomationCore] = []
     problems: list[str] = []
     for entry in entries:
         actions = [await names.resolved(action) for action in entry.actions]
         try:
             found.append(
-                AutomationCore.model_validate({**entry.model_dump(), "actions": actions, "tags": [TAG]})
+                AutomationCore.model_validate(
+                    {**entry.model_dump(), "actions": actions, "tags": [tag_of(here)]}
+                )
             )
         except ValidationError as error:
             if not names.missing:
@@ -113,8 +140,8 @@ async def resolve(client: PrefectClient, entries: Iterable[Entry]) -> list[Autom
 class _Names:
     """Looks up what the file calls by name."""
 
-    def __init__(self, client: PrefectClient) -> None:
-        self._client = client
+    def __init__(self, client: PrefectClient, here: Environment | None) -> None:
+        self._client, self._here = client, here
         self._known: dict[tuple[str, str], str] = {}
         self.missing: list[str] = []
 
@@ -126,6 +153,11 @@ class _Names:
         return action
 
     async def _id(self, key: str, name: str) -> str | None:
+        if self._here and key == "deployment":
+            name = self._here.deployment_name(name)
+        if self._here and key == "block":
+            kind, _, block = name.partition("/")
+            name = f"{kind}/{self._here.blocks.get(name) or self._here.blocks.get(block) or block}"
         if (key, name) not in self._known:
             try:
                 self._known[key, name] = str(await self._read(key, name))
@@ -144,9 +176,11 @@ class _Names:
         return (await self._client.read_block_document_by_name(block, kind)).id
 
 
-async def plan(client: PrefectClient, wanted: Sequence[AutomationCore]) -> Plan:
-    """What there is to do. Nothing is changed."""
-    there = {automation.name: automation for automation in await _ours(client)}
+async def plan(
+    client: PrefectClient, wanted: Sequence[AutomationCore], here: Environment | None = None
+) -> Plan:
+    """What there is to do in an environment. Nothing is changed."""
+    there = {automation.name: automation for automation in await _ours(client, tag_of(here))}
     todo = Plan(remove=[a for name, a in there.items() if name not in {w.name for w in wanted}])
     for automation in wanted:
         old = there.get(automation.name)
@@ -176,9 +210,9 @@ async def remove(client: PrefectClient, automations: Iterable[Automation]) -> No
         await client.delete_automation(automation.id)
 
 
-async def _ours(client: PrefectClient) -> list[Automation]:
-    """Every automation of this server that is one of ours."""
-    of_ours = AutomationFilter(tags=AutomationFilterTags(all_=[TAG]))
+async def _ours(client: PrefectClient, tag: str) -> list[Automation]:
+    """Every automation of this server with this tag."""
+    of_ours = AutomationFilter(tags=AutomationFilterTags(all_=[tag]))
     found: list[Automation] = []
     while True:
         page = await client.read_automations(automations=of_ours, limit=_PAGE, offset=len(found))
@@ -208,11 +242,17 @@ async def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="only say what is to be done; 1 if anything is")
     parser.add_argument("--prune", action="store_true", help="delete those that are no longer in the file")
     parser.add_argument("--file", type=Path, default=FILE, help="another file of automations")
+    parser.add_argument("--env", help="an environment of environments.yaml (default: the one it says)")
     asked = parser.parse_args(arguments)
     async with get_client() as client:
         try:
-            todo = await plan(client, await resolve(client, read_entries(asked.file)))
-        except AutomationsError as error:
+            environments = read_environments()
+            here = environments.named(asked.env)
+            entries = read_entries(asked.file)
+            if here.name != environments.default:
+                entries = of_environment(entries, here)
+            todo = await plan(client, await resolve(client, entries, here), here)
+        except (AutomationsError, DeployError) as error:
             sys.stderr.write(f"{error}\n")
             return 1
         _say(todo)

@@ -16,6 +16,7 @@ from prefect.logging import get_run_logger
 
 from flows.alerts import how, tell_of_run, tell_run_is_well
 from flows.parameters import NotifyList
+from tasks.environment import is_elsewhere
 from tasks.incidents import STUCK
 
 Told = Literal["told", "not delivered", "nothing to tell"]
@@ -28,8 +29,8 @@ async def alert(
 ) -> Told:
     """Tell how a run is: that it failed or crashed, that it does not end, or that all is well again.
 
-    A run whose parameters name whom to tell has told how it ended itself, and is passed over. What is told
-    already is not told twice.
+    A run whose parameters name whom to tell has told how it ended itself, and is passed over, and so is a run
+    of another environment. What is told already is not told twice.
 
     Args:
         flow_run_id: The run.
@@ -43,6 +44,8 @@ async def alert(
         try:
             run = await client.read_flow_run(flow_run_id)
         except ObjectNotFound:
+            return "nothing to tell"
+        if await is_elsewhere(client, run):
             return "nothing to tell"
     state = run.state
     if state is None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, Field
 
 from flows.alerts import tell_of_end, tell_of_run, tell_run_is_well
 from flows.parameters import NotifyList
+from tasks.environment import is_elsewhere
 from tasks.incidents import GIVEN_UP, RUN
 from tasks.missed import begin, close_dead_rescues, missed
 from tasks.rescue import (
@@ -95,7 +96,10 @@ async def recover(
     notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
     pending_for: Annotated[float, Field(gt=0)] = PENDING_FOR,
 ) -> Rescue | Sweep:
-    """Rescue a run whose process died. One that is alive, cancelled, ended or rescued already is left alone.
+    """Rescue a run whose process died.
+
+    One that is alive, cancelled, ended or rescued already is left alone, and so is one of another environment
+    than this run's own.
 
     Args:
         flow_run_id: The run. Without one, a rescue is begun of every run that the automations on this server
@@ -120,6 +124,8 @@ async def recover(
             run = await client.read_flow_run(flow_run_id)
         except ObjectNotFound:
             return _left(flow_run_id, "it has been deleted").state  # type: ignore[return-value]
+        if await is_elsewhere(client, run):
+            return _left(flow_run_id, "it is of another environment").state  # type: ignore[return-value]
         crashed = await _crashed(client, run, patience(run, silent_for), pending_for)
         if crashed is None:
             run = await client.read_flow_run(flow_run_id)

@@ -28,6 +28,7 @@ from prefect.events.actions import RunDeployment
 from prefect.events.schemas.automations import EventTrigger
 from prefect.events.schemas.events import ResourceSpecification
 
+from tasks.environment import is_elsewhere
 from tasks.rescue import PENDING_FOR, declare_dead, last_sign, patience
 
 LOOK_BACK = timedelta(hours=24)
@@ -75,6 +76,7 @@ async def missed(
 
     dues = await asyncio.gather(*(due(run) for run in found))
     dead = [run for run, is_due in zip(found, dues, strict=True) if is_due]
+    dead = [run for run in dead if not await is_elsewhere(client, run)]
     if not dead:
         return []
     rescuing = await rescues_of(client, deployment_id)

@@ -17,6 +17,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Running
 from flows.alert import alert
 from flows.recover import recover
 from sandbox import Sandbox
+from tasks.environment import PREFIX_VARIABLE
 from tasks.jobs import Entry, JobHandle
 from tasks.jobs.journal import ARTIFACT_KEY, _page_text
 from tests.alerts_fixtures import routing
@@ -123,6 +124,16 @@ async def test_who_tells_himself_is_passed_over(team: Deployment, box: Sandbox) 
     cancelled = await team.run(Running(), Cancelled())
     assert [await team.tell(own), await team.tell(cancelled)] == ["nothing to tell"] * 2
     assert await alert(uuid4(), notify=team.notify) == "nothing to tell"
+    assert box.slack.messages == []
+
+
+async def test_another_environments_runs_are_its_own_business(
+    team: Deployment, box: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What fails in a rehearsal is not told to production's people, nor the other way round."""
+    run = await team.run(Running(), Failed())
+    monkeypatch.setenv(PREFIX_VARIABLE, "dev.")
+    assert await team.tell(run) == "nothing to tell"
     assert box.slack.messages == []
 
 

@@ -16,6 +16,7 @@ from prefect.utilities.importtools import import_object
 from prefect_slack import SlackWebhook
 
 from deployments.automations import FILE, AutomationsError, main, plan, read_entries, remove
+from deployments.environments import environment
 from flows.alert import alert
 from flows.recover import recover
 from tests.deployed import specs
@@ -141,6 +142,34 @@ async def test_what_is_not_deployed(
     assert "There is no block slack-incoming-webhook/nowhere on this server: save it" in said
     assert len(said.splitlines()) == 2
     assert await _there(client) == []
+
+
+async def test_another_environment(
+    client: PrefectClient, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has automations of its own, which start its own deployments; neither touches the other's."""
+    assert await make(file, "--env", "dev") == 1
+    assert "There is no deployment recover/dev.dead-runs" in capsys.readouterr().err
+    ours = {}
+    for flow, name in ((recover, "dev.dead-runs"), (alert, "dev.untold-runs")):
+        ours[name] = await client.create_deployment(await client.create_flow(flow), name=name)
+    dev = environment("dev")
+    try:
+        await make(file)
+        assert await make(file, "--env", "dev") == 0
+        there = (await plan(client, [], dev)).remove
+        assert {automation.name for automation in there} == {
+            f"dev.{entry.name}" for entry in read_entries(file) if "deployment" in entry.actions[0]
+        }
+        started = {
+            action.deployment_id for one in there for action in one.actions if action.type == "run-deployment"
+        }
+        assert started == set(ours.values())
+        for arguments in ((), ("--env", "dev")):
+            assert await make(file, "--check", *arguments) == 0
+        assert await make(file, "--env", "nowhere") == 1
+    finally:
+        await remove(client, (await plan(client, [], dev)).remove)
 
 
 @pytest.mark.no_server

@@ -19,6 +19,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Runni
 
 from flows.recover import Sweep, recover
 from tasks import missed
+from tasks.environment import PREFIX_VARIABLE
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["collected"]
@@ -141,6 +142,16 @@ async def test_it_is_begun_anew_once(watched: Watched) -> None:
     assert [(one.parameters["flow_run_id"], one.state_type) for one in begun] == [
         (str(run.id), StateType.SCHEDULED)
     ]
+
+
+async def test_another_environments_dead_are_its_own(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flows have the same names in every environment of a server."""
+    await watched.run(Running(), Crashed())
+    await asyncio.sleep(2 * _SILENT + 0.5)
+    monkeypatch.setenv(PREFIX_VARIABLE, "dev.")
+    assert await watched.missed() == set()
 
 
 async def test_not_without_an_end(watched: Watched) -> None:

@@ -16,6 +16,7 @@ from prefect.states import Cancelled, Cancelling, Completed, Crashed, Pending, R
 
 from flows.recover import Rescue
 from flows.recover import recover as recover_flow
+from tasks.environment import PREFIX_VARIABLE
 from tasks.rescue import HEARTBEAT, RESCHEDULED
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
@@ -152,6 +153,22 @@ async def test_a_run_that_is_pending(dead: Dead) -> None:
     assert (await dead.names(run))[-1] == "Pending"
     assert (await recover(run.id, silent_for=1, pending_for=2)).did == "rescheduled"
     assert (await dead.names(run))[-3:] == ["Pending", "Crashed", RESCHEDULED]
+
+
+async def test_a_run_of_another_environment(dead: Dead, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Production does not start a developer's run again: the automations can't tell them apart, this can."""
+    flow_id = await dead.client.create_flow(a_flow_of_ours)
+    variables = {"env": {PREFIX_VARIABLE: "dev."}}
+    name = f"dev.in-no-pool-{uuid4().hex[:6]}"
+    developers = Dead(
+        dead.client, await dead.client.create_deployment(flow_id, name=name, job_variables=variables)
+    )
+    run, productions = await developers.run(Running(), Crashed()), await dead.run(Running(), Crashed())
+    done = await recover(run.id)
+    assert (done.did, done.why) == ("left alone", "it is of another environment")
+    monkeypatch.setenv(PREFIX_VARIABLE, "dev.")
+    assert (await recover(productions.id)).did == "left alone"
+    assert (await recover(run.id)).did == "rescheduled"
 
 
 async def _beat(client: PrefectClient, run: FlowRun) -> None:
