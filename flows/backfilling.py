@@ -13,9 +13,18 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from flows.fan_out import submit
-from tasks.backfill_memory import BackfillTable, IntervalRecord, IntervalState, artifact_key, done_before
+from tasks.backfill_memory import (
+    BackfillTable,
+    Before,
+    IntervalRecord,
+    IntervalState,
+    Models,
+    artifact_key,
+    done_before,
+    mark_of,
+)
 from tasks.dbt.folders import target_of
-from tasks.dbt.memory import build_id
+from tasks.dbt.lineage import listed
 from tasks.dbt.model import DbtBuildFailed, DbtCore, DbtNode, DbtPlan, DbtResult, DbtState, one_line
 from tasks.dbt.parts import Parts, parsed_alike
 from tasks.dbt_core import dbt_build
@@ -48,16 +57,19 @@ class Backfilling:
 
     def __post_init__(self) -> None:
         self.parts = Parts.of(self.plan)
-        key = artifact_key(self.plan.project, build_id(self.dbt, self.plan.project, [], None))
+        each = self.parts.nodes(self.parts.each)
+        models = Models.of(each, self.parts.nodes(self.parts.below, tests=False))
+        key = artifact_key(self.dbt, self.plan, each)
         self._folder = target_folder(self.dbt)
         folder = self.dbt.project / self._folder
         alike = len(self.intervals) > FEW and parsed_alike(folder, folder / LAST)
         self._parsed = folder / _PARSED if alike else None
         title = f"Backfill of {self.dbt.what} in {self.plan.project}"
-        earlier, below_done = done_before(key)
-        self.table = BackfillTable(key, title, self._known(earlier))
+        before = done_before(key, models)
+        self.table = BackfillTable(key, title, self._known(before.intervals), models)
+        self._say_what_is_new(before)
         # What is built on the intervals has to be built again once one of them has been.
-        self.complete = not self.left and (below_done or not self.parts.below)
+        self.complete = not self.left and (before.below or not self.parts.below)
         if self.complete:
             self.table.note_below(IntervalState.DONE)
 
@@ -77,6 +89,21 @@ class Backfilling:
                 )
             known.append(record or IntervalRecord(interval=interval))
         return known
+
+    def _say_what_is_new(self, before: Before) -> None:
+        """An interval that was done without a model of today's is left, for all of its models."""
+        lacking = [
+            before.short[ends] for each in self.left if (ends := (each.start, each.end)) in before.short
+        ]
+        if lacking:
+            new = frozenset().union(*lacking)
+            nodes = self.parts.nodes(self.parts.each)
+            names = listed(sorted(node.name for node in nodes if mark_of(node) in new))
+            get_run_logger().warning(
+                "%d of the intervals have been done, but without %s: they are built again.",
+                len(lacking),
+                names,
+            )
 
     @property
     def left(self) -> list[DataInterval]:

@@ -1,16 +1,20 @@
 """Which intervals of a backfill are done, kept in the Prefect API while it runs.
 
 From there another run goes on, in whatever process and on whatever machine. In the API it is a table artifact
-with the same key in every run of the same backfill, `backfill-<project>-<what is built>`: for a person the
-intervals with state, rows and message, for us the same.
+with the same key in every run of the same backfill, `backfill-<project>-<what is built, and where>`: for a
+person the intervals with state, rows and message, for us the same, with the models that they were built of as
+JSON in a comment in its description. An interval is done only for the models that it was built of.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
@@ -24,7 +28,9 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.dbt.model import one_line
+from tasks.dbt.lineage import LineageNode
+from tasks.dbt.model import DbtCore, DbtPlan, one_line
+from tasks.environment import prefix_here
 from tasks.intervals import DataInterval
 
 _PAGE = 50
@@ -33,6 +39,8 @@ _SHARE = 20  # writing takes at most a twentieth of the time: thousands of inter
 
 BELOW = "what is built on them"
 """The last row of the table."""
+# What says which backfill it is. Not profiles_dir: where that leads to does, and it may be another checkout.
+_ASKED = ("select", "exclude", "selector", "vars", "env")
 
 
 class IntervalState(StrEnum):
@@ -76,31 +84,103 @@ class IntervalRecord(BaseModel):
         }
 
 
-def artifact_key(project: str, build: str) -> str:
+@dataclass(frozen=True)
+class Models:
+    """What a backfill builds; each model as a mark of its name and of the table that it is in the warehouse.
+
+    Attributes:
+        each: For every interval.
+        below: On them, when all intervals are done.
+    """
+
+    each: frozenset[str]
+    below: frozenset[str]
+
+    @classmethod
+    def of(cls, each: Iterable[LineageNode], below: Iterable[LineageNode]) -> Models:
+        """The marks of these nodes."""
+        return cls(frozenset(map(mark_of, each)), frozenset(map(mark_of, below)))
+
+    @classmethod
+    def parse(cls, description: str | None) -> Models:
+        """Those of a table; none where it does not tell, so that nothing in it counts as done."""
+        found = re.search(r"^<!-- models (.*) -->$", description or "", re.MULTILINE)
+        said = json.loads(found[1]) if found else {}
+        return cls(frozenset(said.get("each", ())), frozenset(said.get("below", ())))
+
+    @property
+    def comment(self) -> str:
+        """For the description of a table."""
+        return f"<!-- models {json.dumps({'each': sorted(self.each), 'below': sorted(self.below)})} -->"
+
+
+def mark_of(node: LineageNode) -> str:
+    """What stands for a model in a table: moved to another schema, or called otherwise there, it is new."""
+    return _digest([node.unique_id, node.relation])[:12]
+
+
+@dataclass(frozen=True)
+class Before:
+    """What earlier runs have done.
+
+    Attributes:
+        intervals: What any of them has done of all models that are asked for now.
+        below: Whether the last has also done what is built on them.
+        short: The ends of intervals that were done without these models.
+    """
+
+    intervals: list[IntervalRecord]
+    below: bool
+    short: dict[tuple[datetime, datetime], frozenset[str]]
+
+
+def artifact_key(dbt: DbtCore, plan: DbtPlan, each: Iterable[LineageNode]) -> str:
     """The key under which all runs of a backfill are kept.
 
+    What one environment has built says nothing of another's tables, though it is the same project with the
+    same parameters: a run's warehouse and schema may come from its worker's environment alone. So it holds
+    where dbt writes to, not by what way it learns of that.
+
     Args:
-        project: The dbt project's name.
-        build: What is built, as `build_id` says it.
+        dbt: What is asked for.
+        plan: What that comes to.
+        each: What is built for every interval.
     """
-    name = re.sub(r"[^a-z0-9]+", "-", project.lower()).strip("-")
-    return f"backfill-{name}-{build[:8]}"
+    said = {
+        **dbt.model_dump(mode="json", include={*_ASKED}),
+        "project": plan.project,
+        "target": plan.target,
+        "place": plan.place,
+        "schemas": sorted({node.schema for node in each}),
+        "environment": prefix_here(),
+    }
+    name = re.sub(r"[^a-z0-9]+", "-", plan.project.lower()).strip("-")
+    return f"backfill-{name}-{_digest(said)[:8]}"
 
 
-def done_before(key: str) -> tuple[list[IntervalRecord], bool]:
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def done_before(key: str, models: Models) -> Before:
     """What runs have done under this key.
 
-    Returns:
-        The intervals that any of them has done, and whether the last has also done what is built on them.
+    Args:
+        key: Of the artifacts.
+        models: What has to be in an interval for it to be done.
 
     Raises:
         Exception: What the Prefect client raises when the API can't be reached.
     """
     done: dict[tuple[datetime, datetime], IntervalRecord] = {}
+    short: dict[tuple[datetime, datetime], AbstractSet[str]] = {}
     scope = ArtifactFilter(key=ArtifactFilterKey(any_=[key]))
     with get_client(sync_client=True) as client:
-        tables = [_rows(artifact.data) for artifact in _all_artifacts(client, scope)]
-        for rows in tables:
+        tables = [
+            (_rows(each.data), Models.parse(each.description)) for each in _all_artifacts(client, scope)
+        ]
+        for rows, built in tables:
+            lacking = models.each - built.each
             for row in rows:
                 if row["state"] == IntervalState.DONE and row["interval"] != BELOW:
                     record = IntervalRecord(
@@ -114,11 +194,17 @@ def done_before(key: str) -> tuple[list[IntervalRecord], bool]:
                         flow_run_id=row["flow run"],
                     )
                     ends = (record.interval.start, record.interval.end)
-                    if ends not in done or _ended(record) > _ended(done[ends]):
+                    if lacking:
+                        short[ends] = short.get(ends, lacking) & lacking
+                    elif ends not in done or _ended(record) > _ended(done[ends]):
                         done[ends] = record
-    last = tables[0] if tables else []
+    last, built = tables[0] if tables else ([], models)
     below = any(row["interval"] == BELOW and row["state"] == IntervalState.DONE for row in last)
-    return list(done.values()), below
+    return Before(
+        intervals=list(done.values()),
+        below=below and models.each <= built.each and models.below <= built.below,
+        short={ends: frozenset(lacking) for ends, lacking in short.items() if ends not in done},
+    )
 
 
 def _rows(data: Any) -> list[dict[str, Any]]:
@@ -148,11 +234,13 @@ class BackfillTable:
         key: Of the artifact.
         title: What is backfilled, for people.
         records: The intervals, in the order in which they are shown.
+        models: What is built.
     """
 
-    def __init__(self, key: str, title: str, records: Sequence[IntervalRecord]) -> None:
+    def __init__(self, key: str, title: str, records: Sequence[IntervalRecord], models: Models) -> None:
         self._key = key
         self._title = title
+        self._models = models
         self.records = list(records)
         self._artifact: UUID | None = None
         self._not_before = 0.0
@@ -202,7 +290,7 @@ class BackfillTable:
         began = time.monotonic()
         below = dict.fromkeys(self.records[0].row) | {"interval": BELOW, "state": self._below.value}
         rows = json.dumps([*(record.row for record in self.records), below])
-        text = f"{self._title}\n\n{self.sentence}"
+        text = f"{self._title}\n\n{self.sentence}\n\n{self._models.comment}\n"
         try:
             with get_client(sync_client=True) as client:
                 if self._artifact:

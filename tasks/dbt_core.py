@@ -42,6 +42,7 @@ from tasks.dbt.model import (
     one_line,
 )
 from tasks.dbt.process import DbtProcess, surroundings
+from tasks.environment import prefix_here
 
 __all__ = [
     "DbtBuildFailed",
@@ -179,6 +180,13 @@ async def _last_build(flow_run_id: UUID) -> BuildRecord:
             f"Flow run {flow_run_id} has no dbt build that could be retried: there is no such run, or it did"
             " not come to build a node, or it has been deleted."
         )
+    # It may have been another schema, or another warehouse: what was done there is not done here.
+    there, here = found[0].environment, prefix_here()
+    if there not in (None, here):
+        raise DbtInputError(
+            f"Flow run {flow_run_id} built in another environment (its prefix is {there!r}, here it is"
+            f" {here!r}): retry it by a deployment of that environment."
+        )
     return found[0]
 
 
@@ -266,6 +274,7 @@ async def check_dbt(dbt: DbtCore, *, lock_wait: float = 3.0) -> DbtPlan:
         project=project,
         adapter=found["adapter"],
         target=found["target"],
+        place=found["place"],
         selected=selected,
         lineage=lineage,
     )

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -23,7 +24,7 @@ from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRun
 
 from flows import BackfillFailed, BackfillReport, backfill
 from flows.backfilling import for_interval
-from tasks.backfill_memory import BELOW
+from tasks.backfill_memory import BELOW, Models, artifact_key
 from tasks.dbt.parts import Parts, parsed_alike
 from tasks.dbt_core import DbtCore, DbtInputError, check_dbt
 from tasks.intervals import DataInterval
@@ -249,6 +250,75 @@ def test_on_duckdb(shop: Project, caplog: pytest.LogCaptureFixture) -> None:
     january, february = query(shop, by_month)
     assert january == built[0]
     assert february != built[1]
+
+
+def test_what_another_environment_has_done_is_not_done_here(
+    shop: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same parameters with another schema in the worker's environment, as `make deploy` has it there."""
+    profiles = shop.folder / "profiles.yml"
+    schema = (
+        "path: \"{{ env_var('SHOP_WAREHOUSE') }}\"\n      schema: \"{{ env_var('ELT_SCHEMA', 'main') }}\""
+    )
+    profiles.write_text(re.sub(r"path: .*", schema, profiles.read_text()))
+    with duckdb.connect(str(shop.warehouse)) as db:
+        db.execute("create schema branch; create table branch.raw_days as from main.raw_days")
+    one = {"start": "2025-01-01", "end": "2025-02-01"}
+    monkeypatch.setenv("ELT_SCHEMA", "branch")
+    assert states(backfill(dbt=shop.core(), **one)) == {"2025-01": "done"}
+    monkeypatch.delenv("ELT_SCHEMA")
+    assert states(backfill(dbt=shop.core(target="dev"), **one)) == {"2025-01": "done"}
+    assert query(shop, "select count(*) from main.fct") == query(shop, "select count(*) from branch.fct")
+    # The same place, by another way to it.
+    elsewhere = shop.write("elsewhere/profiles.yml", profiles.read_text()).parent
+    assert states(backfill(dbt=shop.core(profiles_dir=elsewhere), **one)) == {"2025-01": "earlier"}
+
+
+async def test_what_a_backfill_is_known_by(shop: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is asked for and where it goes, not by what way dbt gets there."""
+    plan = await check_dbt(shop.core())
+    nodes = [plan.lineage.nodes["model.shop.fct"]]
+    key = artifact_key(shop.core(), plan, nodes)
+    assert key.startswith("backfill-shop-")
+    shop.warehouse.rename(shop.folder / "moved.duckdb")
+    (shop.folder / "link").symlink_to(shop.folder)
+    moved = await check_dbt(shop.core(env={"SHOP_WAREHOUSE": "moved.duckdb"}))
+    linked = await check_dbt(shop.core(env={"SHOP_WAREHOUSE": str(shop.folder / "link/moved.duckdb")}))
+    assert linked.place == moved.place != plan.place
+    assert artifact_key(shop.core(profiles_dir="somewhere", project_dir="else"), plan, nodes) == key
+    monkeypatch.setenv("ELT_PREFIX", "dev.")
+    others = [
+        artifact_key(shop.core(), plan, nodes),
+        artifact_key(shop.core(vars={"a": 1}), plan, nodes),
+        artifact_key(shop.core(), moved, nodes),
+        artifact_key(shop.core(), plan, [replace(nodes[0], schema="marts")]),
+    ]
+    assert len({key, *others}) == 5
+
+
+def test_a_new_model_is_not_done(shop: Project, caplog: pytest.LogCaptureFixture) -> None:
+    """An interval is done for the models that it was built of; and what is built on them likewise."""
+    one = {"start": "2025-01-01", "end": "2025-02-01"}
+    two = {"start": "2025-01-01", "end": "2025-03-01"}
+    assert states(backfill(dbt=shop.core(), **one)) == {"2025-01": "done"}
+    shop.model("second", (shop.folder / "models/fct.sql").read_text())
+    assert states(backfill(dbt=shop.core(), **two)) == {"2025-01": "done", "2025-02": "done"}
+    assert "1 of the intervals have been done, but without second: they are built again" in caplog.text
+    by_month = "select month(day), count(*) from second group by 1 order by 1"
+    assert query(shop, by_month) == [(1, 31), (2, 28)]
+
+    shop.model("counted", "{{ config(materialized='table') }} select count(*) as n from {{ ref('second') }}")
+    assert set(states(backfill(dbt=shop.core(), **two)).values()) == {"earlier"}
+    assert query(shop, "select n from counted") == [(59,)]
+
+
+def test_a_table_that_does_not_tell_of_what_it_was_built_counts_for_nothing() -> None:
+    """Rather built once too often than never."""
+    assert Models.parse("Backfill of dbt build in shop\n\n1 interval: 1 done") == Models(
+        frozenset(), frozenset()
+    )
+    models = Models(frozenset({"a", "b"}), frozenset({"c"}))
+    assert Models.parse(f"Backfill\n\n{models.comment}\n") == models
 
 
 def test_one_that_fails_stops_no_other(shop: Project) -> None:

@@ -189,9 +189,11 @@ def test_a_retry_can_be_retried_and_one_that_left_nothing_does_nothing(
     assert dbt_starts == []
 
 
-@pytest.mark.parametrize("which", ["unknown", "another project", "both ways", "engine"])
+@pytest.mark.parametrize(
+    "which", ["unknown", "another project", "another environment", "both ways", "engine"]
+)
 def test_what_can_not_be_retried_is_refused(
-    twice: Twice, tmp_path: Path, dbt_starts: list[Any], which: str
+    twice: Twice, tmp_path: Path, dbt_starts: list[Any], monkeypatch: pytest.MonkeyPatch, which: str
 ) -> None:
     """With what is wrong about it, before dbt starts."""
     dbt, more, sentence = twice.project.core(), {}, ""
@@ -201,6 +203,9 @@ def test_what_can_not_be_retried_is_refused(
         other = Project(tmp_path)
         other.set(name="other")
         dbt, sentence = other.core(), "built the dbt project 'shop', and .* is 'other'"
+    elif which == "another environment":
+        monkeypatch.setenv("ELT_PREFIX", "dev.")
+        sentence = "built in another environment .its prefix is '', here it is 'dev.'."
     elif which == "both ways":
         more, sentence = {"from_models": ["top"]}, "from_models and retry_of are two things"
     else:

@@ -13,6 +13,7 @@ for its death as PR_SET_PDEATHSIG does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -385,9 +386,24 @@ def plan(request: dict[str, Any], reporter: Reporter) -> None:
         nodes=nodes,
         adapter=credentials.type,
         target=config.target_name,
+        place=place_of(credentials),
         locked=lock_of(path, float(request["lock_wait"])) if path else None,
     )
     reporter.send(t="end", success=True, error=None)
+
+
+def place_of(credentials: Any) -> str:
+    """Which warehouse it is, whoever connects to it and however: a digest, with no secret in it."""
+    path = str(getattr(credentials, "path", ""))
+    if credentials.type == "duckdb" and path and ":" not in path:
+        where = os.path.realpath(path)
+    else:
+        try:
+            where = str(credentials.unique_field)
+        except Exception:  # noqa: BLE001 - an adapter of someone's need not have it
+            where = ""
+    said = [credentials.type, where, str(getattr(credentials, "port", "")), str(credentials.database)]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
 
 
 def lock_of(path: str, patience: float) -> str | None:

@@ -41,6 +41,7 @@ class LineageNode:
     materialized: str = ""
     full_refresh: bool | None = None  # the model's own say, which dbt puts above --full-refresh
     fqn: tuple[str, ...] = ()
+    relation: str = ""  # as the warehouse calls it: `"flights"."marts"."fct_flights"`
     compiled: str = ""  # where dbt puts its SQL, seen from target/compiled
     # Of a source
     source_name: str = ""
@@ -283,6 +284,7 @@ def _node(unique_id: str, raw: Mapping[str, Any], owners: Mapping[str, str | Non
         materialized=str(config.get("materialized") or ""),
         full_refresh=config.get("full_refresh"),
         fqn=tuple(raw.get("fqn") or ()),
+        relation=str(raw.get("relation_name") or ""),
         compiled=_compiled(kind, raw),
         source_name=str(raw.get("source_name") or ""),
         schema=str(raw.get("schema") or ""),

@@ -35,6 +35,7 @@ from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.dbt.model import DbtCore, DbtNode, DbtState, one_line
+from tasks.environment import prefix_here
 from tasks.jobs import attempt_of
 
 ARTIFACT_KEY = "dbt-nodes"
@@ -54,6 +55,9 @@ class BuildRecord(BaseModel):
     build: str = Field(description="Which build it is: the same in every attempt at it.")
     project: str
     asked: dict[str, Any] = Field(description="The part of DbtCore that says what is built.")
+    environment: str | None = Field(
+        default=None, description="What stands before the names of its environment's deployments."
+    )
     left_out: list[str] = Field(default=[], description="What was excluded beside that.")
     started_at: datetime = Field(description="When the first attempt at this build began.")
     attempt: int = Field(description="The how manieth attempt at its flow run it belongs to.")
@@ -93,6 +97,7 @@ def new_record(dbt: DbtCore, project: str, exclude: list[str], build: str) -> Bu
         build=build,
         project=project,
         asked=dbt.model_dump(mode="json", include=set(_ASKED)),
+        environment=prefix_here(),
         left_out=exclude,
         started_at=datetime.now(UTC),
         attempt=attempt_of(flow.flow_run) if flow and flow.flow_run else 0,

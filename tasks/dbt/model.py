@@ -354,6 +354,7 @@ class DbtPlan(BaseModel):
     project: str
     adapter: str = Field(description="The warehouse: duckdb, postgres, snowflake …")
     target: str | None = None
+    place: str = Field(default="", description="Which warehouse it is, as a digest: its host, or its file.")
     selected: list[str] = Field(description="Unique ids of the nodes that the command would run.")
     lineage: Lineage = Field(description="The whole project's graph, sources and exposures included.")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.dbt.choice import is_incremental, words
-from tasks.dbt.lineage import Lineage, listed
+from tasks.dbt.lineage import Lineage, LineageNode, listed
 from tasks.dbt.model import DbtCore, DbtInputError, DbtPlan
 
 _TESTS = frozenset({"test", "unit_test"})
@@ -65,6 +65,11 @@ class Parts:
             below=frozenset(below - between),
         )
 
+    def nodes(self, ids: Iterable[str], *, tests: bool = True) -> list[LineageNode]:
+        """Nodes by their ids, with the tests among them or without."""
+        found = [self.lineage.nodes[id_] for id_ in sorted(ids)]
+        return [node for node in found if tests or node.resource_type not in _TESTS]
+
     @property
     def tables_between(self) -> frozenset[str]:
         """What lies between and has to be built for every interval."""
@@ -88,9 +93,13 @@ class Parts:
             tests: Whether the tests among them are to be run; else none is.
         """
         chosen = set(ids)
-        nodes = [self.lineage.nodes[id_] for id_ in sorted(chosen)]
         only = dbt.model_copy(
-            update={"select": words(self.lineage, nodes), "exclude": [], "selector": None, "command": "build"}
+            update={
+                "select": words(self.lineage, self.nodes(chosen)),
+                "exclude": [],
+                "selector": None,
+                "command": "build",
+            }
         )
         if not tests:
             return only, [f"resource_type:{kind}" for kind in sorted(_TESTS)]
