@@ -47,4 +47,6 @@ def given(transform: T, interval: DataInterval | None) -> T:
         return cast("T", type(transform).model_validate({**fields, "data_interval": interval}))
     except ValidationError as error:
         reason = error.errors(include_url=False, include_input=False)[0]["msg"]
-        raise InputError(f"{transform.what} can't have a data interval: {reason}") from None
+        raise InputError(
+            f"{transform.what} can't have a data interval: {reason.removeprefix('Value error, ')}"
+        ) from None

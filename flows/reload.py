@@ -39,13 +39,15 @@ def reload(
 
     It is the pipeline's own chain, with its accounts, gates and owners, for a part of it. With `full_refresh`
     what was loaded is deleted first, then loaded from the beginning, and the incremental models below are
-    built from nothing. Safe to retry: the deletion is before the load, and each is done once.
+    built from nothing; with a data interval they keep the rest and are built for the interval. Safe to
+    retry: the deletion is before the load, and each is done once.
 
     Args:
         connection: Id or name of one of the pipeline's connections.
         mode: `incremental` loads what is new; `full_refresh` deletes and loads everything.
         streams: With `full_refresh`, only these; of Fivetran's written `schema.table`. Empty: all.
-        data_interval: Build incremental models for this part of the data only.
+        data_interval: Build incremental models for this part of the data only, and never from nothing; what
+            is loaded is not limited by it.
         pipeline: The deployment of `elt-chain` whose connection it is.
         notify: Who is told; those of the pipeline if nobody is named.
 

@@ -112,7 +112,9 @@ def narrowed(
     if transform and plan:
         sources = _sources(plan.lineage, found, streams)
         below = plan.lineage.downstream(sources)
-        transform = _building(transform, plan, sources, below, full_refresh=mode == "full_refresh")
+        # From nothing with an interval would leave the models below with that interval alone.
+        from_nothing = mode == "full_refresh" and not (interval or transform.data_interval)
+        transform = _building(transform, plan, sources, below, full_refresh=from_nothing)
         activations = [each for each in activations if _hangs_below(each, plan.lineage, below)]
     left_out = [each.label for each in whole.activations if each not in activations]
     if left_out:

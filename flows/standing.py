@@ -9,6 +9,7 @@ from uuid import UUID
 
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
+from pydantic import ValidationError
 
 from flows.alerts import Telling
 from flows.fan_out import KNOWN_ERRORS, conclude, refuse, submit
@@ -19,6 +20,7 @@ from tasks.dbt.freshness import Freshness, SourceAge
 from tasks.dbt_core import (
     DbtBuildFailed,
     DbtCore,
+    DbtInputError,
     DbtNode,
     DbtPlan,
     DbtResult,
@@ -67,9 +69,17 @@ class StandingJob:
         return submit(dbt_plan, dbt).result()
 
     def like(self, **said: Any) -> DbtCore:
-        """The same project with another command and selection."""
+        """The same project with another command and selection.
+
+        Raises:
+            DbtInputError: That can't go with what else it has.
+        """
         nothing: dict[str, Any] = {"select": [], "exclude": [], "selector": None, "full_refresh": False}
-        return DbtCore.model_validate({**self._dbt.model_dump(), **nothing, "command": "build", **said})
+        try:
+            return DbtCore.model_validate({**self._dbt.model_dump(), **nothing, "command": "build", **said})
+        except ValidationError as error:
+            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+            raise DbtInputError(f"{reason.removeprefix('Value error, ')} Nothing was started.") from None
 
     def build(
         self, dbt: DbtCore, exclude: Sequence[str] = (), retry_of: UUID | None = None

@@ -171,7 +171,7 @@ def full_refresh(
     logger = get_run_logger()
     job = StandingJob(dbt, notify, retries, retry_delay)
     try:
-        lineage = job.plan(job.like()).lineage
+        lineage = job.plan(job.like(full_refresh=True)).lineage
         chosen = incremental_models(lineage, models)
     except KNOWN_ERRORS as error:
         return job.refuse(error)  # type: ignore[no-any-return]

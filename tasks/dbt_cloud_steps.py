@@ -25,6 +25,7 @@ _COMMANDS = RUNS_NODES | {
     *("retry", "run-operation", "show", "source"),
 }
 _SELECT = frozenset({"--select", "-s", "--models", "-m", "--model"})
+_FULL_REFRESH = frozenset({"--full-refresh", "-f"})
 _ATOM = re.compile(r"(?P<at>@)?(?:(?P<up>\d*)\+)?(?P<what>[^+@][^+]*?)(?P<down>\+\d*)?")
 
 
@@ -61,7 +62,7 @@ def add_vars(steps: Sequence[str], variables: Mapping[str, Any], interval: DataI
 
     Raises:
         DbtError: A step can't take variables: it retries what failed with those that it had, or its own
-            `--vars` can't be read.
+            `--vars` can't be read. Or it has `--full-refresh` and there is an interval.
     """
     added = {**variables, **(interval.vars if interval else {})}
     return [_with_vars(step, added, interval) if added else step for step in steps]
@@ -76,6 +77,11 @@ def _with_vars(step: str, added: Mapping[str, Any], interval: DataInterval | Non
         )
     if command not in RUNS_NODES:
         return step
+    if interval and command in ("build", "run") and not _FULL_REFRESH.isdisjoint(words):
+        raise DbtError(
+            f"The step `{step}` can't have a data interval: it would leave incremental models with nothing"
+            " but that interval. Refresh them without an interval, or take --full-refresh out of the step."
+        )
     own: dict[str, Any] = {}
     kept: list[str] = []
     rest = iter(words)

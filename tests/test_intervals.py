@@ -17,14 +17,15 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun
 from prefect.client.schemas.schedules import CronSchedule as ClientCron
+from prefect.flow_engine import run_flow
 from prefect.server.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
 from prefect.states import Pending
 from pydantic import ValidationError
 
-from flows import build_project
+from flows import build_project, full_refresh
 from tasks.dbt.model import DbtCore
 from tasks.dbt_cloud_steps import add_vars
-from tasks.dbt_core import DbtError, DbtResult
+from tasks.dbt_core import DbtError, DbtInputError, DbtResult
 from tasks.intervals import DataInterval, Unit, covered, fill_in, previous_date, split, zone_of
 from tasks.jobs import InputError
 from tests.dbt_project import Project
@@ -194,6 +195,12 @@ def test_dbt_cloud_gets_it_in_its_steps() -> None:
         add_vars(["dbt retry"], {}, MARCH)
     with pytest.raises(DbtError, match="can't be read, so nothing can be added"):
         add_vars(["dbt run --vars nonsense"], {}, MARCH)
+    for flag in ("--full-refresh", "-f"):
+        with pytest.raises(DbtError, match="would leave incremental models with nothing but that interval"):
+            add_vars(["dbt seed --full-refresh", f"dbt build {flag}"], {}, MARCH)
+        assert add_vars([f"dbt build {flag}"], {"a": 1}, None) == [
+            f"""dbt build {flag} --vars '{{"a": 1}}'"""
+        ]
 
 
 @pytest.mark.no_server
@@ -278,6 +285,28 @@ def test_a_run_by_hand(shop: Project) -> None:
     build_project(dbt=shop.core(), data_interval=MARCH)
     ends = ("2026-03-01T00:00:00+00:00", "2026-04-01T00:00:00+00:00")
     assert asked(shop) == [("none", "none"), ends]
+
+
+def test_no_full_refresh_with_an_interval(shop: Project, scheduled: FlowRun) -> None:
+    """Of a run that gets its interval by hand or from its schedule, too: the rest of the model stays."""
+    build_project(dbt=shop.core(), retries=0)
+    sentence = "would leave incremental models with nothing but that interval"
+    with pytest.raises(ValidationError, match=sentence):
+        shop.core(full_refresh=True, data_interval=MARCH)
+    with pytest.raises(InputError, match=sentence):
+        build_project(dbt=shop.core(full_refresh=True), data_interval=MARCH)
+    dbt = shop.core(full_refresh=True).model_dump(mode="json")
+    parameters = {**scheduled.parameters, "dbt": dbt}
+    with pytest.raises(InputError, match=sentence):
+        run_flow(build_project, flow_run=scheduled, parameters=parameters)
+    with pytest.raises(DbtInputError, match=f"{sentence}.*Nothing was started"):
+        full_refresh(dbt=shop.core(data_interval=MARCH), models=["asked"])
+    with pytest.raises(DbtInputError, match="DBT_FULL_REFRESH in the environment and a data interval"):
+        build_project(
+            dbt=shop.core(env={**shop.core().env, "DBT_FULL_REFRESH": "1"}), data_interval=MARCH, retries=0
+        )
+    assert asked(shop) == [("none", "none")]
+    assert shop.core(full_refresh=True, data_interval=MARCH, command="seed").full_refresh
 
 
 def test_a_build_is_taken_up_with_its_interval(shop: Project) -> None:

@@ -19,6 +19,7 @@ from flows import EltReport, StepState, elt_chain, reload
 from flows.reloading import pipeline_of
 from sandbox import Sandbox
 from tasks.airbyte_jobs import AirbyteVendor
+from tasks.intervals import DataInterval
 from tasks.jobs import InputError, read_entries
 from tests.dbt_project import Project
 from tests.flows_fixtures import IDS, Runs, box, runs, sources, sync_parameters
@@ -136,6 +137,18 @@ def test_a_full_refresh_and_only_what_hangs_below(box: Sandbox, pipeline: Projec
     activated = [step for step in report.steps if step.kind == "activation"]
     assert [(step.resource_id, step.state) for step in activated] == [("101", StepState.SUCCEEDED)]
     assert "dbt build source:aircraft.planes+" in next(s.name for s in report.steps if s.kind == "transform")
+
+
+def test_with_an_interval_nothing_is_built_from_nothing(box: Sandbox, pipeline: Project) -> None:
+    """The connection is loaded anew, and the incremental model keeps what is not of the interval."""
+    before = built_by(pipeline)
+    interval = DataInterval(start="2013-01-01", end="2013-02-01")
+    report = reload("planes", mode="full_refresh", data_interval=interval, pipeline="small")
+    assert report.complete, report.message
+    assert jobs(box, "planes") == ["clear", "sync"]
+    after = built_by(pipeline)
+    assert after["planes"] == before["planes"]
+    assert after["counted"] != before["counted"]
 
 
 def test_incremental_keeps_what_is_there(box: Sandbox, pipeline: Project) -> None:

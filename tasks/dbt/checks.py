@@ -45,6 +45,12 @@ def look_at(dbt: DbtCore) -> str:
     file = dbt.project / "dbt_project.yml"
     if not file.is_file():
         raise DbtInputError(f"{dbt.project} is not a dbt project: it has no dbt_project.yml.")
+    # dbt takes it as its own option, which beside an interval the parameters refuse.
+    if dbt.data_interval and any(said.startswith("DBT_FULL_REFRESH=") for said in dbt.options_in_environment):
+        raise DbtInputError(
+            "DBT_FULL_REFRESH in the environment and a data interval would leave incremental models with"
+            " nothing but that interval: take it out of the environment."
+        )
     profiles_file = dbt.find_profiles_dir() / "profiles.yml"
     if not profiles_file.is_file():
         raise DbtInputError(

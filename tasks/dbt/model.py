@@ -72,7 +72,8 @@ class DbtCore(ToolParameters):
     selector: str | None = Field(default=None, description="Name of a selector in selectors.yml.")
     vars: dict[str, Any] = Field(default={}, description="dbt variables (--vars).")
     full_refresh: bool = Field(
-        default=False, description="Rebuild incremental models and seeds from nothing."
+        default=False,
+        description="Rebuild incremental models and seeds from nothing; not in a run with a data interval.",
     )
     threads: int | None = Field(default=None, ge=1, description="dbt threads; default: the profile's.")
     data_interval: DataInterval | None = Field(
@@ -114,6 +115,11 @@ class DbtCore(ToolParameters):
         if self.full_refresh and self.command not in {"build", "run", "seed"}:
             raise ValueError(
                 f"full_refresh means nothing to `dbt {self.command}`: use it with build, run or seed."
+            )
+        if self.full_refresh and self.data_interval and self.command != "seed":
+            raise ValueError(
+                "a full refresh with a data interval would leave incremental models with nothing but that"
+                " interval: refresh them without an interval, or build the interval without full_refresh."
             )
         if self.engine == "prefect-dbt" and self.timeout is not None:
             raise ValueError(
