@@ -18,7 +18,7 @@ from blocks.airbyte import AirbyteServer
 from blocks.airbyte_model import RefreshMode, Stream
 from blocks.http import NotFoundError
 from blocks.reference import load_block
-from tasks.airbyte_check import airbyte_check, named, streams_of
+from tasks.airbyte_check import airbyte_check, named, refuse_uncounted, streams_of
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.airbyte_model import AirbyteConnections, AirbyteSync, ServerRef
 from tasks.fresh import tell_fresh
@@ -71,7 +71,10 @@ async def _run(
     sync: AirbyteSync, operation: str, *, mode: RefreshMode = "Merge", streams: Sequence[str] = ()
 ) -> JobResult:
     tag_run("airbyte")
-    vendor = await _vendor(sync.server)
+    server = await load_block(AirbyteServer, sync.server)
+    if operation not in _EMPTYING:
+        refuse_uncounted(server, sync)
+    vendor = await _vendor(server)
     async with vendor.session():
         try:
             connection = await vendor.connection(sync.connection_id)
@@ -102,7 +105,7 @@ async def _job(
     if operation != "sync":
         name = f"{operation} {name}"
     if operation in _EMPTYING:
-        policy = policy.model_copy(update={"min_rows": None})  # it moves no rows
+        policy = policy.model_copy(update={"min_rows": None, "max_rows_rejected": None})  # it moves no rows
     request = AirbyteRequest(sync.connection_id, operation, name, sync.owner, mode, streams)
     return await run_job(vendor, request, policy)
 
@@ -128,7 +131,8 @@ async def airbyte_sync(sync: AirbyteSync) -> JobResult:
         API the block names. Airbyte Cloud has none: a job of which only a part landed is a success there.
 
     Raises:
-        InputError: The connection does not exist or is not active. Nothing was started.
+        InputError: The connection does not exist or is not active, or `policy.max_rows_rejected` is set for
+            Airbyte Cloud, which does not count them. Nothing was started.
         JobFailed, JobCancelled, JobTimeout: The job did not end well; `.result` says how.
         VendorError: The API refused, or was out of reach for longer than `policy.outage`.
     """

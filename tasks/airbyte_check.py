@@ -39,8 +39,8 @@ async def airbyte_check(syncs: list[AirbyteSync | AirbyteConnections]) -> list[C
         connection carries its `problem`; one that a selection takes and that was paused by hand is left out.
 
     Raises:
-        InputError: A connection does not exist or is listed twice, or a selection is empty. Nothing was
-            started.
+        InputError: A connection does not exist or is listed twice, a selection is empty, or a policy asks for
+            what the server does not tell. Nothing was started.
         BlockNotFound: A server is the name of a block that is not saved.
         VendorError: The server can't be reached or refuses the credentials.
     """
@@ -49,6 +49,7 @@ async def airbyte_check(syncs: list[AirbyteSync | AirbyteConnections]) -> list[C
     accounts: list[Hashable] = []
     for sync in syncs:
         server = await load_block(AirbyteServer, sync.server)
+        refuse_uncounted(server, sync)
         servers[server.account] = server
         accounts.append(server.account)
     requests = list(zip(accounts, syncs, strict=True))
@@ -142,6 +143,19 @@ def _checked(sync: AirbyteSync, connection: Connection) -> Checked[AirbyteSync]:
         streams=tuple(stream.name for stream in connection.streams),
         problem=problem,
     )
+
+
+def refuse_uncounted(server: AirbyteServer, sync: AirbyteSync | AirbyteConnections) -> None:
+    """Refuse a limit that could never be kept.
+
+    Raises:
+        InputError: Rejected rows are limited, and nobody will tell how many there were. Nothing was started.
+    """
+    if server.in_cloud and sync.policy.max_rows_rejected is not None:
+        raise InputError(
+            f"Airbyte, {sync.label}: Airbyte Cloud's API does not tell how many rows were rejected, so that "
+            "max_rows_rejected can't be checked. Test the rows in dbt, or by a gate. Nothing was started."
+        )
 
 
 def streams_of(connection: Connection, names: Sequence[str]) -> tuple[Stream, ...]:

@@ -190,10 +190,15 @@ def run_status(run: SyncRun) -> JobStatus:
         known=state is not None,
         word=run.status,
         rows=run.successful.total if run.successful else None,
-        rows_rejected=run.failed.total if run.failed else None,
+        rows_rejected=run.failed.total if run.failed else _uncounted(state),
         duration=took.total_seconds() if took is not None else None,
         message=_message(run, state),
     )
+
+
+def _uncounted(state: JobState | None) -> int | None:
+    """Rejected rows where Hightouch gives no count: a run that has any does not end with `success`."""
+    return 0 if state is JobState.SUCCEEDED else None
 
 
 def _message(run: SyncRun, state: JobState | None) -> str | None:

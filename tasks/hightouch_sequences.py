@@ -170,21 +170,28 @@ async def _status(api: HightouchApi, run: SequenceRun) -> JobStatus:
     read = await asyncio.gather(*(_member(api, member) for member in run.members))
     runs = [found for _, found in read if found]
     streams = [stream for stream, _ in read]
+    rejected = [_rejected(stream, found) for stream, found in read]
     if state is JobState.SUCCEEDED:
         state = _worst(streams)
     starts = [found.started_at for found in runs if found.started_at]
     ends = [member.finished_at for member in run.members if member.finished_at]
     sent = [found.successful.total for found in runs if found.successful]
-    rejected = [found.failed.total for found in runs if found.failed]
     return JobStatus(
         state=state,
         word=run.status,
         rows=sum(sent) if sent else None,
-        rows_rejected=sum(rejected) if rejected else None,
+        # One sync that does not tell hides what the others do: their sum would be too small.
+        rows_rejected=sum(filter(None, rejected)) if rejected and None not in rejected else None,
         duration=(max(ends) - min(starts)).total_seconds() if starts and ends else None,
         message=_message(run, state, streams),
         streams=streams,
     )
+
+
+def _rejected(stream: StreamResult, found: SyncRun | None) -> int | None:
+    if found is not None:
+        return run_status(found).rows_rejected
+    return 0 if stream.state is JobState.SUCCEEDED else None
 
 
 def _member_state(member: SequenceMember) -> JobState:

@@ -78,8 +78,18 @@ def _arguments(run: HttpJobRun, job: HttpJob) -> dict[str, Value]:
         raise InputError(f"{job.service} ({job_name(run.job)}): {error} Nothing was started.") from None
 
 
+def _refuse_uncounted(run: HttpJobRun, job: HttpJob) -> None:
+    readings = [part.read for part in (job.poll, job.listing) if part and part.read]
+    if run.policy.max_rows_rejected is not None and not any(reading.rows_rejected for reading in readings):
+        raise InputError(
+            f"{job.service} ({job_name(run.job)}): the declaration does not say where `rows_rejected` is, so "
+            "that max_rows_rejected can't be checked. Nothing was started."
+        )
+
+
 async def _look_up(run: HttpJobRun, job: HttpJob) -> Checked[HttpJobRun]:
     arguments = _arguments(run, job)
+    _refuse_uncounted(run, job)
     async with job.api() as api:
         try:
             values, problem = await api.look_up(job, run.resource_id, arguments, fresh=True)

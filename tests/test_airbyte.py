@@ -26,6 +26,7 @@ from tasks.airbyte import (
     airbyte_cancel,
     airbyte_check,
     airbyte_clear,
+    airbyte_refresh,
     airbyte_status,
     airbyte_sync,
     airbyte_wait,
@@ -98,6 +99,16 @@ async def test_check_refuses(
         await airbyte_check(syncs(airbyte, *connections))
     assert "\n" not in str(caught.value)
     assert sandbox.airbyte.jobs == {}
+
+
+async def test_the_cloud_counts_no_rejected_rows() -> None:
+    """A limit that Airbyte Cloud can't keep is refused by the check and by the task, before any request."""
+    cloud = AirbyteServer(client_id="c", client_secret=SecretStr("secret"))
+    policy = JobPolicy(max_rows_rejected=0)
+    sync = AirbyteSync(server=cloud, connection_id=IDS["flights"], policy=policy)
+    for refused in (airbyte_check([sync]), airbyte_sync(sync), airbyte_refresh(sync)):
+        with pytest.raises(InputError, match=r"does not tell how many rows were rejected.*Nothing was"):
+            await refused
 
 
 async def test_check_leaves_the_inactive_to_the_flow(sandbox: Sandbox, airbyte: AirbyteServer) -> None:

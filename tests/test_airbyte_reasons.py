@@ -167,6 +167,19 @@ async def test_a_reason_that_is_not_to_be_had(
     assert (await Desk(sandbox, server(sandbox, "public")).run()).state is JobState.SUCCEEDED
 
 
+async def test_a_limit_of_rejected_rows(sandbox: Sandbox) -> None:
+    """The limit is kept by what the Config API tells; where it tells nothing, that is not taken for none."""
+    desk = Desk(sandbox, server(sandbox, "public"))
+    desk.behave(rejected=7)
+    with pytest.raises(JobFailed, match="7 rows were rejected; at most 6"):
+        await desk.run(max_rows_rejected=6)
+    assert (await desk.run(max_rows_rejected=7)).good
+    sandbox.airbyte.settings.apis = "public"
+    with pytest.raises(JobFailed, match="does not say how many rows were rejected; at most 7 are borne"):
+        await Desk(sandbox, server(sandbox, "public")).run(max_rows_rejected=7)
+    assert (await Desk(sandbox, desk.vendor._server).run(operation="clear")).good
+
+
 async def test_details_that_come_late(sandbox: Sandbox) -> None:
     """A Config API that fails once is asked again: what a job that succeeded hides is not lost by that."""
     desk = Desk(sandbox, server(sandbox, "public"))

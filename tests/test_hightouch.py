@@ -549,7 +549,8 @@ async def test_an_error_that_is_only_text(box: Sandbox, credentials: HightouchCr
             "rejected: No such field",
         ),
         ({"error": {"message": "No such field"}}, "PARTIAL", None, "rejected: No such field"),
-        ({"completionRatio": 0.54, "status": "success"}, "SUCCEEDED", None, None),
+        ({"completionRatio": 0.54, "status": "success"}, "SUCCEEDED", 0, None),
+        ({"status": "success", "failedRows": {"addedCount": 2}}, "SUCCEEDED", 2, None),
         ({"completionRatio": 1, "status": "reporting", "finishedAt": "2022-02-08"}, "RUNNING", None, None),
     ],
 )
@@ -591,6 +592,9 @@ async def test_rejected_rows_that_are_not_counted(box: Sandbox, credentials: Hig
     box.faults.add(kind="null_fields", fields=["failedRows"], path="/runs$")
     with pytest.raises(JobFailed, match="does not say how many rows were rejected; at most 5 are borne"):
         await run(credentials, MemoryJournal(), max_rows_rejected=5)
+    box.hightouch.set(SYNC, outcome="succeed")
+    clean = await run(credentials, MemoryJournal(), max_rows_rejected=0)
+    assert (clean.state, clean.rows_rejected) == (JobState.SUCCEEDED, 0)  # else it would be a warning
 
 
 @TASKS

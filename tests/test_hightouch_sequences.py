@@ -153,6 +153,20 @@ async def test_done_is_not_success(
     assert "carrier-scorecard-to-crm warning (1 rows were rejected)" in str(result.message)
 
 
+@pytest.mark.parametrize(("outcome", "passes"), [("succeed", True), ("warn", False)])
+async def test_rejected_rows_that_are_not_counted(
+    box: Sandbox, credentials: HightouchCredentials, outcome: str, passes: bool
+) -> None:
+    """A sync that went well has rejected none; one with a warning and no count passes no limit."""
+    box.hightouch.set(CRM, outcome=outcome)
+    box.faults.add(kind="null_fields", fields=["failedRows"], path="/101/runs$")
+    if passes:
+        assert (await run(credentials, max_rows_rejected=0)).rows_rejected == 0
+    else:
+        with pytest.raises(JobFailed, match="does not say how many rows were rejected; at most 9"):
+            await run(credentials, max_rows_rejected=9)
+
+
 @pytest.mark.parametrize(
     ("stops", "word", "streams"),
     [

@@ -485,6 +485,17 @@ async def test_wrong_arguments(power_bi: Desk, arguments: dict[str, Any], said: 
     assert power_bi.box.requests.count(vendor="power_bi") == 0
 
 
+async def test_rejected_rows_that_nobody_declared(power_bi: Desk) -> None:
+    """A limit of rejected rows, and no declaration of where their number is, is refused before the start."""
+    for refused in (
+        http_job_check([power_bi.parameters(max_rows_rejected=0)]),
+        http_job(power_bi.parameters(max_rows_rejected=0)),
+    ):
+        with pytest.raises(InputError, match=r"does not say where `rows_rejected` is.*Nothing was started"):
+            await refused
+    assert power_bi.starts == 0
+
+
 def test_a_wrong_secret_is_one_line(desk: Desk, caplog: Any, capfd: Any) -> None:
     """Wrong and masked credentials are said in one line, without a traceback and without the secret."""
     for secret, said in (("a-wrong-one", "refused"), ("**********", "masked.*save the block")):

@@ -76,7 +76,8 @@ class JobPolicy(BaseModel):
     max_rows_rejected: int | None = Field(
         default=None,
         ge=0,
-        description="More rejected rows than this are a failure, whatever `on_partial` says.",
+        description="More rejected rows than this are a failure, whatever `on_partial` says, and so is a job "
+        "that does not say how many there were.",
     )
     concurrency_limit: str | None = Field(
         default=None,

@@ -37,20 +37,23 @@ def judge(
         )
         message = f"it {moved}; at least {policy.min_rows:,} were expected"
     bearable = (policy.on_partial or vendor.on_partial) != "fail"
-    rejected, most = status.rows_rejected or 0, policy.max_rows_rejected
-    if most is not None and status.state is JobState.PARTIAL and status.rows_rejected is None:
-        bearable = False
-        message = f"it does not say how many rows were rejected; at most {most:,} are borne" + (
-            f" ({message})" if message else ""
-        )
-    if most is not None and rejected > most and state in (JobState.SUCCEEDED, JobState.PARTIAL):
+    rejected, most = status.rows_rejected, policy.max_rows_rejected
+    # Not to be told is not to have none: what nobody counts is over any limit.
+    if most is not None and state in (JobState.SUCCEEDED, JobState.PARTIAL) and not _within(rejected, most):
         state, bearable = JobState.PARTIAL, False
-        message = f"{rejected:,} rows were rejected; at most {most:,} are borne" + (
-            f" ({message})" if message else ""
+        said = (
+            "it does not say how many rows were rejected"
+            if rejected is None
+            else f"{rejected:,} rows were rejected"
         )
+        message = f"{said}; at most {most:,} are borne" + (f" ({message})" if message else "")
     result = result_of(vendor, request, state, handle, message=message, status=status)
     tolerated = state is JobState.PARTIAL and bearable
     return result.model_copy(update={"tolerated": tolerated})
+
+
+def _within(count: int | None, most: int) -> bool:
+    return count is not None and count <= most
 
 
 def accept(result: JobResult, policy: JobPolicy, log: Log) -> JobResult:
