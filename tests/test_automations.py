@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -19,12 +21,14 @@ from deployments.automations import FILE, AutomationsError, main, plan, read_ent
 from deployments.environments import environment
 from flows.alert import alert
 from flows.recover import recover
-from tests.deployed import specs
+from tests.deployed import REPOSITORY, specs
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["collected"]
 
 pytestmark = PREFECTS_SOCKETS
+
+_CAMEL = re.compile(r"[A-Z][a-z]+([A-Z][a-z]+)*")
 
 
 @pytest.fixture
@@ -210,6 +214,39 @@ def test_no_alert_of_an_alert() -> None:
     for entry in read_entries():
         if any(action.get("deployment") == "alert/untold-runs" for action in entry.actions):
             assert alert.name not in _names(entry.trigger["match_related"]["prefect.resource.name"])
+
+
+@pytest.mark.no_server
+def test_whatever_a_run_ends_by_is_an_end() -> None:
+    """An incident begins and ends at whatever a state is called: events have the state's name in theirs."""
+    (entry,) = [entry for entry in read_entries() if "well again" in entry.name]
+    bad, well = (
+        {event.removeprefix("prefect.flow-run.") for event in entry.trigger[key]}
+        for key in ("after", "expect")
+    )
+    found: set[str] = set()
+    for file in (REPOSITORY / "flows").glob("*.py"):
+        if file.stem not in ("recover", "alert"):  # of which nobody is told so
+            found |= _endings(ast.parse(file.read_text()))
+    assert found - bad - well == set()
+    assert (bad | well) - found == {"Crashed", "TimedOut"}  # Prefect's own
+    assert not bad & well
+
+
+def _endings(module: ast.Module) -> set[str]:
+    """The names of final states in a module: given to one, or to what becomes the name of one."""
+    found: list[ast.AST] = []
+    for node in ast.walk(module):
+        match node:
+            case ast.Call(func=ast.Name(id="Completed" | "Failed" as kind)):
+                names = [keyword.value for keyword in node.keywords if keyword.arg == "name"]
+                found += names or [ast.Constant(kind)]
+            case ast.Call(func=ast.Name(id=("_ended" | "_failed")) | ast.Attribute(attr="ended")):
+                found += node.args
+            case ast.Assign(targets=[ast.Name(id="name" | "ending")]):
+                found.append(node.value)
+    constants = [inner.value for node in found for inner in ast.walk(node) if isinstance(inner, ast.Constant)]
+    return {value for value in constants if isinstance(value, str) and _CAMEL.fullmatch(value)}
 
 
 def _flow(entrypoint: str) -> Flow[..., Any]:
