@@ -5,7 +5,8 @@ its `notify`.
 """
 
 # No `from __future__ import annotations` here: see flows/elt.py.
-from typing import Literal
+from datetime import UTC, datetime, timedelta
+from typing import Annotated, Literal
 from uuid import UUID
 
 from prefect import flow
@@ -13,11 +14,14 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
+from pydantic import Field
 
 from flows.alerts import how, tell_of_run, tell_run_is_well
 from flows.parameters import NotifyList
 from tasks.environment import is_elsewhere
 from tasks.incidents import STUCK
+
+_CLOCKS = timedelta(minutes=1)  # by which that of the server, who counts as well, may differ
 
 Told = Literal["told", "not delivered", "nothing to tell"]
 
@@ -26,6 +30,7 @@ Told = Literal["told", "not delivered", "nothing to tell"]
 async def alert(
     flow_run_id: UUID,
     notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
+    stuck_for: Annotated[float, Field(ge=0)] | None = None,
 ) -> Told:
     """Tell how a run is: that it failed or crashed, that it does not end, or that all is well again.
 
@@ -35,6 +40,8 @@ async def alert(
     Args:
         flow_run_id: The run.
         notify: Who is told of runs whose own parameters name nobody.
+        stuck_for: Seconds after which a run that is Pending or Running is told of, because it does not end.
+            Without it none is: one that failed a moment ago may be at it again, rescued or retried.
 
     Returns:
         Whether there was something to tell, and whether it was delivered.
@@ -51,6 +58,8 @@ async def alert(
     if state is None:
         return "nothing to tell"
     if state.type in (StateType.PENDING, StateType.RUNNING):
+        if stuck_for is None or datetime.now(UTC) - state.timestamp < timedelta(seconds=stuck_for) - _CLOCKS:
+            return "nothing to tell"
         reason = f"It has been {state.name} since {state.timestamp:%Y-%m-%d %H:%M} UTC."
         delivered = await tell_of_run(
             run, "does not end", reason, log, key=STUCK, level="failed", otherwise=notify

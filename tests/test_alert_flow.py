@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.states import Cancelled, Completed, Crashed, Failed, Running
+from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 
 from flows.alert import alert
 from flows.recover import recover
@@ -72,8 +72,8 @@ class Deployment:
             await self.client.set_flow_run_state(run.id, state, force=True)
         return await self.client.read_flow_run(run.id)
 
-    async def tell(self, run: FlowRun) -> str:
-        return await alert(run.id, notify=self.notify)
+    async def tell(self, run: FlowRun, **said: Any) -> str:
+        return await alert(run.id, notify=self.notify, **said)
 
 
 @pytest.fixture
@@ -140,8 +140,19 @@ async def test_another_environments_runs_are_its_own_business(
 async def test_a_run_that_does_not_end(team: Deployment, box: Sandbox) -> None:
     """It is told to its own people, and over when it ends well."""
     run = await team.run(Running(), notify=team.notify)
-    assert await team.tell(run) == "told"
+    assert await team.tell(run, stuck_for=43200) == "nothing to tell"  # it has only just begun again
+    assert box.slack.messages == []
+    assert await team.tell(run, stuck_for=0) == "told"
     assert "*the run* does not end: It has been Running since" in box.slack.messages[0].text
+
+
+async def test_a_run_that_is_at_it_again(team: Deployment, box: Sandbox) -> None:
+    """It failed and was retried or rescued before the alert came: that it runs is nobody's trouble."""
+    run = await team.run(Running(), Failed(), Running())
+    assert await team.tell(run) == "nothing to tell"
+    await team.put(run, Crashed(), Pending())
+    assert await team.tell(run) == "nothing to tell"
+    assert box.slack.messages == []
 
 
 async def test_a_crash_is_told_with_its_jobs_and_the_rescue_ends_it(team: Deployment, box: Sandbox) -> None:

@@ -269,6 +269,21 @@ def test_a_heartbeat_may_be_missed() -> None:
 
 
 @pytest.mark.no_server
+def test_who_is_told_that_a_run_does_not_end() -> None:
+    """Only the automation that has waited for its end has `alert` tell so, and after as long."""
+    said = {
+        entry.name: action["parameters"].get("stuck_for")
+        for entry in read_entries()
+        for action in entry.actions
+        if action.get("deployment") == "alert/untold-runs"
+    }
+    (waited,) = [entry for entry in read_entries() if "do not end" in entry.name]
+    assert {name: seconds for name, seconds in said.items() if seconds} == {
+        waited.name: waited.trigger["within"]
+    }
+
+
+@pytest.mark.no_server
 def test_a_container_may_take_its_time() -> None:
     """The automation and the flow that it starts have the same patience with a run that is Pending."""
     (entry,) = [entry for entry in read_entries() if "never began" in entry.name]
