@@ -298,6 +298,7 @@ class TestBadInput:
         ("settings", "sentence"),
         [
             ({"selector": "x", "select": ["y"]}, "a selector or a select list, not both"),
+            ({"selector": "x", "exclude": ["y"]}, "a selector or an exclude list, not both"),
             ({"command": "test", "full_refresh": True}, "full_refresh means nothing to `dbt test`"),
             ({"engine": "prefect-dbt", "timeout": 5}, "cannot be stopped"),
             ({"exclude": [" "]}, "empty entry"),

@@ -68,8 +68,12 @@ class DbtCore(ToolParameters):
     select: list[str] = Field(
         default=[], description="What to build, in dbt's selection syntax; empty: everything."
     )
-    exclude: list[str] = Field(default=[], description="What to leave out, in dbt's selection syntax.")
-    selector: str | None = Field(default=None, description="Name of a selector in selectors.yml.")
+    exclude: list[str] = Field(
+        default=[], description="What to leave out, in dbt's selection syntax; not beside a selector."
+    )
+    selector: str | None = Field(
+        default=None, description="Name of a selector in selectors.yml, in place of select and exclude."
+    )
     vars: dict[str, Any] = Field(default={}, description="dbt variables (--vars).")
     full_refresh: bool = Field(
         default=False,
@@ -111,6 +115,12 @@ class DbtCore(ToolParameters):
             raise ValueError(
                 "dbt takes a selector or a select list, not both: it would silently ignore the select list."
                 f" Drop selector={self.selector!r} or select={self.select!r}."
+            )
+        if self.selector and self.exclude:
+            raise ValueError(
+                "dbt takes a selector or an exclude list, not both: it would silently build what the list"
+                f" leaves out. Write the exclude into selector {self.selector!r} of selectors.yml, or"
+                " select in place of the selector."
             )
         if self.full_refresh and self.command not in {"build", "run", "seed"}:
             raise ValueError(
