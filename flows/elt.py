@@ -124,7 +124,7 @@ def elt_chain(
         if not progress:
             asking.check(activations)
             jobs_asked_for = [found.request for found in (*checked, *checked_activations)]
-            check_gate_names(gates, jobs_asked_for, transform)
+            check_gate_names(gates, jobs_asked_for, transform, plan)
             check_rule(allow_failure, ids_and_names([*before, *jobs_asked_for, *after]))
     except KNOWN_ERRORS as error:
         telling.refused(error)
@@ -163,7 +163,7 @@ def _load_and_build(
     """Syncs and transform, each as far as what is before it went well, and which activations are ready."""
     jobs = run_each(syncs)
     gate = Gate(plan, syncs, jobs)
-    looked = look_at_gates(gates, jobs, transform, plan, gate.late_sources)
+    looked = look_at_gates(gates, gate, transform)
     gate.stay_shut(looked.findings)
     steps = [*steps_of(jobs), *looked.steps]
     nodes: list[DbtNode] = []

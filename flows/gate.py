@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +71,11 @@ class Gate:
         """The dbt sources that a sync fills."""
         vendor = job.vendor if isinstance(job, JobResult) else job.tool
         return self._sources[vendor, job.resource_id]
+
+    def sources_filled_by(self, names: Collection[str]) -> set[str]:
+        """The dbt sources that connections fill, of which the ids or names are given."""
+        found = [r for r in (c.request for c in self.checked) if {r.resource_id, r.label} & set(names)]
+        return set().union(*(self._sources[r.tool, r.resource_id] for r in found))
 
     @property
     def exclude(self) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,25 +10,36 @@ from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
 
 from flows.fan_out import submit
+from flows.gate import Gate
 from flows.parameters import GateCheck, Transform
 from flows.report import Step, StepState
 from tasks.dbt.freshness import Freshness, SourceAge, SourcesStale
-from tasks.dbt.model import DbtError, DbtPlan
+from tasks.dbt.lineage import LineageNode
+from tasks.dbt.model import DbtError, DbtPlan, DbtState
 from tasks.dbt_core import DbtCore, dbt_freshness
 from tasks.gates import Finding, FreshnessGate, look_at_gate
-from tasks.jobs import InputError, JobResult, Request, without_traceback
+from tasks.jobs import InputError, Request, without_traceback
 
 
 def check_gate_names(
-    gates: Sequence[GateCheck], requests: Sequence[Request], transform: Transform | None
+    gates: Sequence[GateCheck],
+    requests: Sequence[Request],
+    transform: Transform | None,
+    plan: DbtPlan | None = None,
 ) -> None:
-    """See that gates are about connections that are in the run, and that freshness has a dbt project.
+    """See that gates are about connections that are in the run, and that freshness has something to look at.
 
     Raises:
         InputError: One is not, or has none. Nothing was started.
     """
-    if any(isinstance(gate, FreshnessGate) for gate in gates) and not isinstance(transform, DbtCore):
-        raise InputError("A gate of freshness needs a transform by dbt-core. Nothing was started.")
+    if any(isinstance(gate, FreshnessGate) for gate in gates):
+        if not isinstance(transform, DbtCore):
+            raise InputError("A gate of freshness needs a transform by dbt-core. Nothing was started.")
+        if plan and not any(source.watched for source in plan.lineage.sources):
+            raise InputError(
+                f"A gate of freshness needs sources with a freshness threshold, and the dbt project "
+                f"{plan.project} has none. Nothing was started."
+            )
     known = {text for request in requests for text in (request.resource_id, request.label)}
     for gate in gates:
         if unknown := [name for name in gate.connections if name not in known]:
@@ -53,42 +63,84 @@ class Looked:
     steps: list[Step] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
 
-    def add_sources(
-        self, gate: FreshnessGate, ages: Sequence[SourceAge], plan: DbtPlan, missing: AbstractSet[str]
-    ) -> None:
+    def add_sources(self, gate: FreshnessGate, answer: Any, chain: Gate) -> None:
         """Take in how old the sources are that something selected is built on.
 
         What did not land is old, too; that it did not land has been said.
+
+        Args:
+            gate: What is expected.
+            answer: What dbt found; an error if it could not look.
+            chain: What is selected, and what did not land.
         """
-        above = plan.lineage.upstream(plan.selected) - missing
-        ages = [age for age in ages if age.unique_id in above]
-        found = [gate.finding(age) for age in ages if gate.shut_for(age)]
+        if chain.plan is None:
+            return
+        found = answer.result if isinstance(answer, SourcesStale) else answer
+        told = {age.unique_id: age for age in found.sources} if isinstance(found, Freshness) else {}
+        trouble = None if isinstance(found, Freshness) else _why(answer)
+        lineage = chain.plan.lineage
+        about = lineage.upstream(chain.plan.selected)
+        if gate.connections:
+            about &= chain.sources_filled_by(gate.connections)
+        watched = {s.unique_id: s for s in lineage.sources if s.unique_id in about}
+        watched = {id_: source for id_, source in watched.items() if source.watched or id_ in told}
+        # One that is not told of, because dbt broke or left off at the first that was too old, may be of any
+        # age, and who fills it may be nobody of this run.
+        ages = [
+            told.get(id_) or _unseen(source, trouble or "dbt did not look at it")
+            for id_, source in sorted(watched.items())
+            if id_ not in chain.late_sources
+        ]
+        idle = "has landed" if watched else "has a freshness threshold"
+        self.add(
+            gate,
+            [gate.finding(age) for age in ages if gate.shut_for(age)],
+            [gate.finding(age).key for age in ages if not gate.shut_for(age)],
+            f"none of the sources that it is about {idle}: nothing was looked at",
+            trouble,
+        )
+
+    def add(
+        self, gate: GateCheck, found: Sequence[Finding], passed: Sequence[str], idle: str, trouble: str | None
+    ) -> None:
+        """Take in what came of a gate.
+
+        Args:
+            gate: What is expected.
+            found: For what it stays shut.
+            passed: Keys of what passed.
+            idle: What to say if it is about nothing.
+            trouble: Why it could not be looked at.
+        """
+        log = get_run_logger()
         for finding in found:
-            get_run_logger().warning("source %s: %s", finding.name, finding.message)
+            log.warning("%s, %s: %s", finding.name, finding.gate, finding.message)
         self.findings += found
-        self.steps += [_shut(gate, finding) for finding in found] or [_open(gate)]
-        self.passed += [gate.finding(age).key for age in ages if not gate.shut_for(age)]
+        self.passed += passed
+        if found:
+            self.steps += [_shut(gate, finding) for finding in found]
+        elif trouble:
+            log.warning("%s: %s", gate.label, trouble)
+            self.steps.append(_step(gate, StepState.FAILED, trouble))
+        elif passed:
+            self.steps.append(_step(gate, StepState.SUCCEEDED))
+        else:
+            log.warning("%s: %s", gate.label, idle)
+            self.steps.append(_step(gate, StepState.PARTIAL, idle))
 
 
-def look_at_gates(
-    gates: Sequence[GateCheck],
-    jobs: Sequence[JobResult],
-    transform: Transform | None,
-    plan: DbtPlan | None,
-    missing: AbstractSet[str] = frozenset(),
-) -> Looked:
+def look_at_gates(gates: Sequence[GateCheck], chain: Gate, transform: Transform | None) -> Looked:
     """Look at all gates at the same time.
 
     A gate that could not be looked at stays shut for all that it is about.
 
     Args:
         gates: What is expected.
-        jobs: How the syncs ended.
+        chain: How the syncs ended, and what is selected of the dbt project.
         transform: The dbt project.
-        plan: What is selected of it.
-        missing: The sources that did not land.
     """
     without_traceback(DbtError)
+    jobs = chain.outcomes
     looks: list[PrefectFuture[Any]] = [
         submit(dbt_freshness, transform.whole)
         if isinstance(gate, FreshnessGate) and isinstance(transform, DbtCore)
@@ -98,38 +150,44 @@ def look_at_gates(
     looked = Looked()
     for gate, look in zip(gates, looks, strict=True):
         answer: Any = look.result(raise_on_failure=False)
-        if isinstance(gate, FreshnessGate) and plan and isinstance(answer, Freshness | SourcesStale):
-            ages = (answer.result if isinstance(answer, SourcesStale) else answer).sources
-            looked.add_sources(gate, ages, plan, missing)
+        if isinstance(gate, FreshnessGate):
+            looked.add_sources(gate, answer, chain)
             continue
-        found = answer if isinstance(answer, list) else _blind(gate, jobs, answer)
-        for finding in found:
-            get_run_logger().warning("%s, %s: %s", finding.name, finding.gate, finding.message)
-        looked.findings += found
-        looked.steps += [_shut(gate, finding) for finding in found] or [_open(gate)]
+        landed = [job for job in gate.about(jobs) if job.good]
+        trouble = None if isinstance(answer, list) else _why(answer)
+        found = [Finding.of(gate, job, trouble) for job in landed] if trouble else answer
         shut = {(finding.vendor, finding.resource_id) for finding in found}
-        looked.passed += [
-            Finding.of(gate, job, "").key
-            for job in gate.about(jobs)
-            if job.good and (job.vendor, job.resource_id) not in shut
-        ]
+        passed = [Finding.of(gate, j, "").key for j in landed if (j.vendor, j.resource_id) not in shut]
+        idle = "none of the connections that it is about has landed: nothing was looked at"
+        looked.add(gate, found, passed, idle, trouble)
     return looked
 
 
-def _open(gate: GateCheck) -> Step:
+def _why(error: Any) -> str:
+    return f"the gate could not be looked at: {error}"
+
+
+def _unseen(source: LineageNode, why: str) -> SourceAge:
+    return SourceAge(
+        unique_id=source.unique_id,
+        name=f"{source.source_name}.{source.name}",
+        state=DbtState.ERROR,
+        message=why,
+        owner=source.owner,
+    )
+
+
+def _step(gate: GateCheck, state: StepState, message: str | None = None) -> Step:
     return Step(
         kind="gate",
         tool=gate.tool,
         resource_id=gate.label,
         name=gate.label,
         owner=gate.owner,
-        state=StepState.SUCCEEDED,
+        state=state,
+        message=message,
+        tolerated=state is StepState.PARTIAL,
     )
-
-
-def _blind(gate: GateCheck, jobs: Sequence[JobResult], error: Any) -> list[Finding]:
-    why = f"the gate could not be looked at: {error}"
-    return [Finding.of(gate, job, why) for job in gate.about(jobs) if job.good]
 
 
 def _shut(gate: GateCheck, finding: Finding) -> Step:

@@ -134,7 +134,8 @@ class FreshnessGate(_Gate):
     """`dbt source freshness`: the thresholds of the dbt project decide, source by source.
 
     For a chain whose transform is dbt Core. A source past its error threshold, or that can't be looked at,
-    holds back what is built on it, whoever fills it.
+    holds back what is built on it, whoever fills it. With `connections`, only the sources that these fill
+    are looked at.
     """
 
     tool: Literal["freshness"] = "freshness"

@@ -13,16 +13,12 @@ from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.orchestration import get_client
 from prefect.flow_engine import run_flow
 from prefect.futures import PrefectFuture
-from prefect.logging import disable_run_logger
 from prefect_sqlalchemy import SqlAlchemyConnector
 from pydantic import TypeAdapter, ValidationError
 
 from flows import RunFailed, StepState, elt_chain
-from flows.gates import Looked, check_gate_names
+from flows.gates import check_gate_names
 from sandbox import Sandbox
-from tasks.dbt.freshness import SourceAge
-from tasks.dbt.lineage import Lineage, LineageNode
-from tasks.dbt.model import DbtPlan, DbtState
 from tasks.gates import Finding, FreshnessGate, GateCheck, RowsGate, SqlGate, check_gates, look_at_gate
 from tasks.jobs import Entry, EventLoopTaskRunner, InputError, JobResult, JobState
 from tasks.jobs.history import rows_of_earlier_runs
@@ -238,23 +234,6 @@ def test_a_sync_that_succeeded_with_nothing(box: Sandbox, runs: Runs, tmp_path: 
     assert gate.key in again.passed
     assert gate.key not in report.passed
     assert "rows of airports* is well again" in box.slack.sent_to("reference-data")[-1].text
-
-
-def test_what_did_not_land_is_not_told_twice() -> None:
-    """A source whose sync failed is old for a reason that is known; another that is old is told."""
-    nodes = [LineageNode(f"source.{name}", name, "source") for name in ("a", "b", "c")]
-    nodes.append(LineageNode("model.m", "m", "model", ("source.a", "source.b")))
-    plan = DbtPlan(
-        project="p",
-        adapter="duckdb",
-        selected=["model.m"],
-        lineage=Lineage({node.unique_id: node for node in nodes}),
-    )
-    ages = [SourceAge(unique_id=f"source.{name}", name=name, state=DbtState.FAIL) for name in "abc"]
-    looked = Looked()
-    with disable_run_logger():
-        looked.add_sources(FreshnessGate(), ages, plan, {"source.a"})
-    assert [finding.resource_id for finding in looked.findings] == ["source.b"]
 
 
 @pytest.mark.timeout(240)  # seven starts of dbt

@@ -47,6 +47,7 @@ class LineageNode:
     source_name: str = ""
     schema: str = ""
     identifier: str = ""
+    watched: bool = False  # it has a freshness threshold
     # Of a test: the node that it is written on
     attached: str | None = None
     # Of an exposure
@@ -289,11 +290,17 @@ def _node(unique_id: str, raw: Mapping[str, Any], owners: Mapping[str, str | Non
         source_name=str(raw.get("source_name") or ""),
         schema=str(raw.get("schema") or ""),
         identifier=str(raw.get("identifier") or raw.get("alias") or ""),
+        watched=kind == "source" and _has_threshold(raw.get("freshness", config.get("freshness"))),
         attached=raw.get("attached_node"),
         exposure_type=str(raw.get("type") or "") if kind == "exposure" else "",
         url=raw.get("url"),
         label=raw.get("label"),
     )
+
+
+def _has_threshold(freshness: Any) -> bool:
+    times = (freshness or {}).get("warn_after"), (freshness or {}).get("error_after")
+    return any(time and time.get("count") is not None and time.get("period") for time in times)
 
 
 def _compiled(kind: str, raw: Mapping[str, Any]) -> str:
