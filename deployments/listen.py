@@ -5,7 +5,11 @@
 What is listened to stands in `listeners.yaml`; what events start, under `once_triggers` in the deployments'
 files. One process runs all listeners. Nothing is acknowledged to a source before the Prefect server has it,
 so the process may be killed at any moment. SIGTERM and Ctrl-C let what is in hand be finished. Several
-machines may run the same listeners: queues and consumer groups share the work among them.
+machines may run the same listeners: queues and consumer groups share the work among them, and notifications
+that have an id start one run. One with rows to `watch` is for one machine: two would move one watermark.
+
+Another environment listens beside: its consumer groups and watermarks are its own. A queue has each message
+once, so its listener must name a queue of its own.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from prefect.settings import PREFECT_API_URL
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from deployments.entries import FILES, load_triggers
-from deployments.environments import DeployError, environment, load_yaml, parse
+from deployments.environments import DeployError, Environment, environment, load_yaml, parse
 from tasks.events import EltEvent, HandedOver, OnceTrigger, TriggersWrong, hand_over
 from tasks.looking.kafka import KafkaSource, KafkaTopics
 from tasks.looking.listener import ListenError, Source, listen, log
@@ -65,15 +69,20 @@ def read_listeners(file: Path) -> Listeners:
         raise ListenError(str(error)) from None
 
 
-def source_of(listener: SqsQueue | KafkaTopics | PostgresChannels) -> Source:
-    """What listens as these settings say."""
+def source_of(listener: SqsQueue | KafkaTopics | PostgresChannels, prefix: str = "") -> Source:
+    """What listens as these settings say.
+
+    Args:
+        listener: The settings.
+        prefix: Of the environment: keeps apart what it remembers of what it has heard.
+    """
     match listener:
         case SqsQueue():
             return SqsSource(listener)
         case KafkaTopics():
-            return KafkaSource(listener)
+            return KafkaSource(listener.model_copy(update={"group": f"{prefix}{listener.group}"}))
         case PostgresChannels():
-            return PostgresSource(listener)
+            return PostgresSource(listener, prefix)
 
 
 async def run(sources: Sequence[Source], triggers: Sequence[OnceTrigger]) -> None:
@@ -127,16 +136,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         given = read_listeners(options.file)
         chosen = _chosen(given, options)
         here = environment(options.env, options.branch)
+        _apart(chosen, here, options.file)
         triggers = load_triggers(here, given.triggers)
         for listener in chosen:
             log.info("%s: %s", listener.source, listener.name)
         log.info("%s once triggers of the environment %s", len(triggers), here.name)
         if not options.check:
-            asyncio.run(run([source_of(listener) for listener in chosen], triggers))
+            asyncio.run(run([source_of(listener, here.prefix) for listener in chosen], triggers))
     except (DeployError, ListenError, TriggersWrong) as error:
         sys.stderr.write(f"{error}\n")
         return 2
     return 0
+
+
+def _apart(chosen: Sequence[Listener], here: Environment, file: Path) -> None:
+    """See that no environment takes another's messages out of a queue.
+
+    Raises:
+        ListenError: One would.
+    """
+    queues = [one.name for one in chosen if isinstance(one, SqsQueue)]
+    if here.prefix and queues and file.resolve() == LISTENERS.resolve():
+        raise ListenError(
+            f"{', '.join(queues)}: SQS gives each message to one reader, so {here.name} would take those of "
+            "the environment whose queues stand in listeners.yaml. Name queues of its own in another file "
+            "(--file), or leave them out (--only)."
+        )
 
 
 def _chosen(given: Listeners, options: argparse.Namespace) -> list[Listener]:

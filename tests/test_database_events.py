@@ -14,6 +14,7 @@ from prefect.client.schemas.actions import VariableUpdate
 from prefect_sqlalchemy import ConnectionComponents, SqlAlchemyConnector, SyncDriver
 from pydantic import ValidationError
 
+from deployments.listen import source_of
 from flows import looking
 from flows.looking import database_changes
 from tasks.events import EltEvent, HandedOver, HandOverError
@@ -344,6 +345,30 @@ def test_what_nobody_heard_is_looked_for(
     assert second.terminate() == 0
     payloads = target.payloads()
     assert sorted((payload["to"], payload["rows"]) for payload in payloads) == [("1", 1), ("3", 2)]
+
+
+async def test_environments_have_watermarks_of_their_own(
+    postgres: Postgres, prefect_server: str, block: str, channel: str
+) -> None:
+    """What was told in dev is told in production as well, whoever was the first to look."""
+    postgres.execute(f"CREATE TABLE {channel} (id int)")
+    settings = PostgresChannels(**listener(block, channel, watch={"table": channel, "column": "id"}))
+    told: list[EltEvent] = []
+    sources = [source_of(settings, prefix) for prefix in ("", "dev.")]
+    for source in sources:
+        await source.connect()
+        assert await source.next() is None  # the first look only remembers
+        await source.close()
+    await asyncio.to_thread(postgres.execute, f"INSERT INTO {channel} VALUES (1), (2)")
+    for source in sources:
+        await source.connect()
+        batch = await source.next()
+        assert batch is not None
+        told += batch.events
+        await source.done(batch)
+        await source.close()
+    assert [(event.payload["to"], event.payload["rows"]) for event in told] == [("2", 2)] * 2
+    assert len({event.id for event in told}) == 2
 
 
 async def test_known_by_its_own_id(postgres: Postgres, target: Target, block: str, channel: str) -> None:

@@ -15,9 +15,10 @@ from uuid import uuid4
 import pytest
 from moto.server import ThreadedMotoServer
 
-from deployments.listen import LISTENERS, main, read_listeners
+from deployments.listen import LISTENERS, main, read_listeners, source_of
 from sandbox.stage import free_port
 from tasks.events import EltEvent, HandedOver, HandOverError, hand_over
+from tasks.looking.kafka import KafkaTopics
 from tasks.looking.listener import BackOff, ListenError, listen
 from tasks.looking.notices import CREATED, s3_events
 from tasks.looking.sqs import RECEIVED, SqsQueue, SqsSource
@@ -320,6 +321,27 @@ def test_wrong_file_is_said(
     assert main(["--file", str(file), "--check", *arguments]) == 2
     assert said in (text := capsys.readouterr().err)
     assert "hush" not in text
+
+
+@pytest.mark.no_server
+def test_another_environment_does_not_take_productions_messages(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The queues of the shipped file are not read by `--env dev`; those of a file of its own are."""
+    assert main(["--check", "--only", "landing", "--env", "dev"]) == 2
+    assert "landing: SQS gives each message to one reader, so dev would take those" in capsys.readouterr().err
+    assert main(["--check", "--only", "loads", "shop", "--env", "dev"]) == 0
+    file = tmp_path / "listeners.yaml"
+    file.write_text(json.dumps({"listeners": [{"source": "sqs", "name": "landing", "queue": "landing-dev"}]}))
+    assert main(["--check", "--file", str(file), "--env", "dev"]) == 0
+
+
+@pytest.mark.no_server
+def test_an_environment_is_a_consumer_group_of_its_own() -> None:
+    """In production's group it would be given some of production's partitions."""
+    topics = KafkaTopics(name="loads", cluster="kafka", topics=["orders"], group="elt-flows")
+    groups = [source_of(topics, prefix)._settings.group for prefix in ("", "dev.")]  # type: ignore[attr-defined]
+    assert groups == ["elt-flows", "dev.elt-flows"]
 
 
 @pytest.mark.no_server

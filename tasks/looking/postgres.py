@@ -3,7 +3,8 @@
 A NOTIFY is lost when nobody listens: PostgreSQL keeps none for whoever comes later, and what is in hand when
 this process dies is gone. So it is a wake-up and no queue. Where rows with a watermark are given (`watch`),
 they are looked at whenever the connection is made anew, after each notification, and from time to time; what
-was lost meanwhile is then told as `elt.database.rows.changed`.
+was lost meanwhile is then told as `elt.database.rows.changed`. Of these one process must listen in each
+environment: two would look at once, and tell of some rows twice.
 
 Vendor documentation: https://www.postgresql.org/docs/current/sql-notify.html
 """
@@ -67,10 +68,12 @@ class PostgresSource:
 
     Args:
         settings: Which.
+        prefix: Of the environment, whose watermark is its own.
     """
 
-    def __init__(self, settings: PostgresChannels) -> None:
+    def __init__(self, settings: PostgresChannels, prefix: str = "") -> None:
         self._settings = settings
+        self._whose = f"listen {prefix}" if prefix else "listen"
         self._connection: asyncpg.Connection[Any] | None = None
         self._said: asyncio.Queue[tuple[str, str, str]] = asyncio.Queue(_WAITING)
         self._gone = asyncio.Event()
@@ -201,7 +204,7 @@ class PostgresSource:
             raise ListenError("there are no rows to look at.")
         try:
             async with get_client() as client:
-                yield RowsLooker(settings.name, settings.watch, self._connector, client, whose="listen")
+                yield RowsLooker(settings.name, settings.watch, self._connector, client, whose=self._whose)
         except (DatabaseError, MemoryUnreadable) as error:
             raise SourceAway(f"{_one_line(error).rstrip('.')}.") from None
         except (httpx.HTTPError, RuntimeError) as error:
