@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Hashable
 from contextlib import AbstractAsyncContextManager
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any, ClassVar
 
 from prefect.blocks.core import Block
@@ -271,6 +271,14 @@ class HightouchApi(ApiClient):
 
         Not with the API's own `after`: that one hides runs that have not started yet.
         """
+        return [run for run in await self._runs(sync_id, since, retry=retry) if run.created_at >= since]
+
+    async def newest_runs(self, sync_id: str) -> list[SyncRun]:
+        """The runs of a sync, newest first: the last hundred or more."""
+        return await self._runs(sync_id, self.theirs(datetime.now(UTC)), retry=True)
+
+    async def _runs(self, sync_id: str, since: datetime, *, retry: bool) -> list[SyncRun]:
+        """Pages of runs, newest first, until all that were created since then are among them."""
         found: list[SyncRun] = []
         while True:
             params = {"limit": _PAGE, "offset": len(found), "orderBy": "createdAt"}
@@ -280,5 +288,4 @@ class HightouchApi(ApiClient):
             # The API does not state the direction of its order: where it ascends, ours are at the end.
             descends = bool(page) and page[0].created_at > page[-1].created_at
             if not more or (descends and page[-1].created_at < since):
-                newest_first = sorted(found, key=lambda run: run.created_at, reverse=True)
-                return [run for run in newest_first if run.created_at >= since]
+                return sorted(found, key=lambda run: run.created_at, reverse=True)

@@ -24,7 +24,7 @@ from pydantic import (
 from blocks.hightouch import HightouchApi, HightouchCredentials, Sync
 from blocks.http import NotFoundError
 from blocks.reference import load_block, stored_block
-from tasks.hightouch_jobs import FULL, HightouchVendor, sync_problem
+from tasks.hightouch_jobs import FULL, HightouchRequest, HightouchVendor, sync_problem
 from tasks.hightouch_sequences import HightouchSequenceVendor
 from tasks.jobs import (
     Checked,
@@ -224,8 +224,9 @@ async def hightouch_sync(sync: HightouchSync) -> JobResult:
 
     Safe to retry: a retry attaches to the run that an earlier attempt started, and one that succeeded is not
     started again. A run that ends with the status `warning` is PARTIAL; by default it passes, with a warning
-    in the log, if no more rows were rejected than `policy.max_rows_rejected`. Follows
-    `POST /syncs/{id}/trigger` and `GET /syncs/{id}/runs` of Hightouch's API.
+    in the log, if no more rows were rejected than `policy.max_rows_rejected`. While another run goes on,
+    Hightouch queues ours behind it; where `policy.on_active` says otherwise, that run is looked for before
+    ours is asked for. Follows `POST /syncs/{id}/trigger` and `GET /syncs/{id}/runs` of Hightouch's API.
 
     Args:
         sync: The sync, its credentials and its policy (times in seconds).
@@ -245,7 +246,8 @@ async def hightouch_sync(sync: HightouchSync) -> JobResult:
     async with credentials.api() as api:
         sync = _named(sync, await _lookup(api, sync.sync_id))
         operation = FULL if sync.full_resync else "sync"
-        request = PlainRequest(sync.sync_id, operation, sync.name, sync.owner)
+        alone = sync.policy.on_active != "queue"
+        request = HightouchRequest(sync.sync_id, operation, sync.name, sync.owner, alone=alone)
         return await run_job(HightouchVendor(credentials), request, sync.policy)
 
 

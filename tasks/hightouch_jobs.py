@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Literal
 
@@ -15,6 +16,7 @@ from blocks.http import NotFoundError, VendorError
 from blocks.reference import block_name
 from tasks.jobs import (
     AccountVendor,
+    AlreadyRunning,
     InputError,
     Intent,
     JobHandle,
@@ -43,6 +45,17 @@ _NEAR = timedelta(seconds=5)  # between a trigger and the beginning of its run, 
 _SURE_FOR = 5.0  # seconds between two readings of a run that the list tells of
 
 
+@dataclass(frozen=True)
+class HightouchRequest(PlainRequest):
+    """A run of a sync, as the engine takes it.
+
+    Attributes:
+        alone: Whether a run that goes on already is looked for. Without, Hightouch queues ours behind it.
+    """
+
+    alone: bool = False
+
+
 class HightouchVendor(AccountVendor[HightouchApi]):
     """Hightouch's runs for the engine."""
 
@@ -60,16 +73,32 @@ class HightouchVendor(AccountVendor[HightouchApi]):
         self._began: dict[str, datetime] = {}
         self._sure_until = 0.0
 
-    async def start(self, request: JobRequest, intent: Intent) -> JobHandle:
-        """`POST /syncs/{id}/trigger`. While a run is in progress, ours is queued behind it by Hightouch."""
+    async def start(self, request: HightouchRequest, intent: Intent) -> JobHandle:
+        """`POST /syncs/{id}/trigger`. While a run is in progress, ours is queued behind it by Hightouch.
+
+        Raises:
+            AlreadyRunning: One is, and the request is to run `alone`. Hightouch itself never refuses.
+        """
         async with self._connect() as api:
             sync = await api.sync(request.resource_id)
             if sync.disabled:  # as far as we remember
                 sync = await api.sync(request.resource_id, fresh=True)
             if problem := sync_problem(sync):
                 raise InputError(problem)
+            if request.alone and (active := await self._active(api, sync)):
+                # A run does not say whether it is a full one.
+                raise AlreadyRunning(active, same=request.operation != FULL)
             run_id = await api.trigger(request.resource_id, full_resync=request.operation == FULL)
             return self._handle(sync, run_id, api.theirs(datetime.now(UTC)), intent.marker)
+
+    async def _active(self, api: HightouchApi, sync: Sync) -> JobHandle | None:
+        """The latest run that has not ended."""
+        for run in await api.newest_runs(sync.id):
+            state = STATES.get(run.status)
+            # A word that we don't know is no end, but with a time of an end it is.
+            if not state.terminal if state else run.finished_at is None:
+                return self._handle(sync, run.id, run.created_at, "")
+        return None
 
     async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The sync's first run that was created since then."""

@@ -28,7 +28,7 @@ from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
 from tasks.census import CensusVendor
 from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest
 from tasks.fivetran_jobs import FivetranRequest, FivetranVendor
-from tasks.hightouch_jobs import HightouchVendor
+from tasks.hightouch_jobs import HightouchRequest, HightouchVendor
 from tasks.hightouch_sequences import HightouchSequenceVendor
 from tasks.http_job import HttpJobRun
 from tasks.http_job_vendor import HttpJobVendor
@@ -220,7 +220,13 @@ class Hightouch(Subject):
             )
         )
         sandbox.hightouch.settings.requests_per_10_seconds = None
-        self.request = PlainRequest(str(self.sync_id), "sync", "crm", None)
+        self.request: PlainRequest = HightouchRequest(str(self.sync_id), "sync", "crm")
+
+    async def run(self, **policy: Any) -> JobResult:
+        if isinstance(self.request, HightouchRequest):  # as the task says it
+            alone = policy.get("on_active", "queue") != "queue"
+            self.request = dataclasses.replace(self.request, alone=alone)
+        return await super().run(**policy)
 
     def behave(self, **changes: Any) -> None:
         self.sandbox.hightouch.set(self.sync_id, **changes)

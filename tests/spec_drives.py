@@ -20,7 +20,7 @@ from blocks import AirbyteServer, HightouchCredentials, PagerDutyRouting
 from blocks.pagerduty import Alert, Link
 from sandbox import Sandbox, catalog
 from tasks.airbyte_jobs import AirbyteRequest, AirbyteVendor
-from tasks.hightouch_jobs import HightouchVendor
+from tasks.hightouch_jobs import HightouchRequest, HightouchVendor
 from tasks.hightouch_sequences import HightouchSequenceVendor
 from tasks.jobs import (
     InputError,
@@ -188,7 +188,8 @@ async def drive_hightouch(drive: Drive) -> None:
 
         async def run(outcome: str) -> None:
             sandbox.hightouch.set("101", outcome=outcome)
-            request = PlainRequest("101", "full-resync" if outcome == "warn" else "sync", "crm", None)
+            operation = "full-resync" if outcome == "warn" else "sync"
+            request = HightouchRequest("101", operation, "crm", alone=outcome == "fail")
             await run_job(vendor, request, QUICK, journal=MemoryJournal())
 
         await run("succeed")

@@ -180,9 +180,10 @@ EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("census", "queue"): {"starts": 3},
     **{("census", row): {"starts": 2} for row in ("adopt", "skip", "fail")},
     **{("hightouch-sequence", row): _NO_CANCEL for row in ("an unknown state for ever", "it never ends")},
-    **{("hightouch-sequence", row): _BEHIND for row in RUNNING_ALREADY},
     # Hightouch never refuses: it queues one run behind the one that is in progress, and that is ours.
-    **{("hightouch", row): _BEHIND for row in RUNNING_ALREADY},
+    **{("hightouch-sequence", row): _BEHIND for row in RUNNING_ALREADY},
+    # Nor does it refuse a run of a sync; with other policies than this the run in progress is looked for.
+    ("hightouch", "queue"): _BEHIND,
 }
 
 # Runs of a sequence are in no list: one that may have been taken is not asked for again, was it taken or not.

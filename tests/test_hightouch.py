@@ -20,7 +20,7 @@ from blocks.hightouch import SyncRun
 from blocks.http import AuthError, BadReply, NotFoundError, VendorError, VendorUnavailable
 from sandbox import Sandbox, catalog
 from tasks.hightouch import HightouchSync, hightouch_check, hightouch_status, hightouch_sync
-from tasks.hightouch_jobs import HightouchVendor, run_status
+from tasks.hightouch_jobs import HightouchRequest, HightouchVendor, run_status
 from tasks.jobs import (
     InputError,
     JobCancelled,
@@ -32,7 +32,6 @@ from tasks.jobs import (
     JobStatus,
     JobTimeout,
     MemoryJournal,
-    PlainRequest,
     run_job,
 )
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
@@ -71,18 +70,11 @@ def sync(credentials: HightouchCredentials | str, sync_id: Any = SYNC, **policy:
     return HightouchSync(credentials=credentials, sync_id=sync_id, policy=settings)
 
 
-class _Request:
-    resource_id = str(SYNC)
-    operation = "sync"
-    name = "crm"
-    owner = None
-    full_resync = False
-
-
 async def run(credentials: HightouchCredentials, journal: MemoryJournal, **policy: Any) -> JobResult:
     """One attempt; attempts with one journal are retries of each other."""
     settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
-    return await run_job(HightouchVendor(credentials), _Request(), settings, journal=journal)  # type: ignore[arg-type]
+    request = HightouchRequest(str(SYNC), "sync", "crm", alone=settings.on_active != "queue")
+    return await run_job(HightouchVendor(credentials), request, settings, journal=journal)
 
 
 def triggers(box: Sandbox) -> int:
@@ -613,10 +605,67 @@ async def test_a_sync_and_its_full_resync_in_one_run(box: Sandbox, credentials: 
     """In the journal a full resync is a job of its own, which a sync of the same does not stand for."""
     journal = MemoryJournal()
     first = await run(credentials, journal)
-    request = PlainRequest(str(SYNC), "full-resync", "crm", None)
+    request = HightouchRequest(str(SYNC), "full-resync", "crm")
     again = await run_job(HightouchVendor(credentials), request, JobPolicy(poll=0.05), journal=journal)
     assert (first.rows, again.rows) == (10, 10)
     assert sorted(journal.entries) == ["hightouch:full-resync:101", "hightouch:sync:101"]
+
+
+@TASKS
+@pytest.mark.parametrize("on_active", ["skip", "fail"])
+async def test_a_run_in_progress(box: Sandbox, credentials: HightouchCredentials, on_active: str) -> None:
+    """Hightouch would queue ours behind a run that goes on; a policy that wants none of that is kept."""
+    box.hightouch.set(SYNC, outcome="stuck")
+    first = box.hightouch.trigger(SYNC)
+    asked = sync(credentials, on_active=on_active)
+    if on_active == "skip":
+        result = await hightouch_sync(asked)
+        assert (result.state, result.job_id, result.good) == (JobState.SKIPPED, str(first.run_id), False)
+    else:
+        with pytest.raises(JobFailed, match=f"job {first.run_id} is running already.*policy says fail"):
+            await hightouch_sync(asked)
+    assert triggers(box) == 0
+
+
+@pytest.mark.parametrize("ascending", [False, True])
+async def test_adopting_a_run(
+    box: Sandbox, credentials: HightouchCredentials, ascending: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that goes on is found whichever way the API's list is ordered, and taken as ours."""
+    box.hightouch.settings.oldest_first = ascending
+    box.hightouch.settings.requests_per_10_seconds = None
+    monkeypatch.setattr("blocks.hightouch._PAGE", 2)
+    box.hightouch.set(SYNC, duration=0.0)
+    for _ in range(5):
+        box.hightouch.trigger(SYNC)
+        await until(lambda: box.hightouch.runs_of(SYNC)[-1].at()[2])
+    box.hightouch.set(SYNC, duration=1.0)
+    last = box.hightouch.trigger(SYNC)
+    result = await run(credentials, MemoryJournal(), on_active="adopt")
+    assert (result.state, result.job_id, triggers(box)) == (JobState.SUCCEEDED, str(last.run_id), 0)
+
+
+async def test_a_full_resync_adopts_nothing(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """A run does not say whether it is a full one, so a full resync waits for it and is then asked for."""
+    box.hightouch.set(SYNC, duration=0.5)
+    first = box.hightouch.trigger(SYNC)
+    request = HightouchRequest(str(SYNC), "full-resync", "crm", alone=True)
+    policy = JobPolicy(poll=0.05, on_active="adopt")
+    result = await run_job(HightouchVendor(credentials), request, policy, journal=MemoryJournal())
+    assert (result.job_id != str(first.run_id), triggers(box)) == (True, 1)
+
+
+async def test_an_unknown_word_with_an_end(box: Sandbox, credentials: HightouchCredentials) -> None:
+    """What ended under a word that we don't know does not stand in the way for ever; what goes on does."""
+    box.hightouch.set(SYNC, duration=0.0, outcome="unknown_word", word="completed_with_errors")
+    box.hightouch.trigger(SYNC)
+    with pytest.raises(JobFailed, match="is running already"):
+        await run(credentials, MemoryJournal(), on_active="fail")
+    [only] = box.hightouch.runs_of(SYNC)
+    assert only.timeline
+    only.timeline.finish("completed_with_errors")
+    box.hightouch.set(SYNC, outcome="succeed")
+    assert (await run(credentials, MemoryJournal(), on_active="fail")).state is JobState.SUCCEEDED
 
 
 @TASKS
