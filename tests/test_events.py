@@ -35,6 +35,7 @@ from tests.events_fixtures import Target, an_event, api, failures_of, stored, ta
 __all__ = ["api", "target"]
 
 REPOSITORY = Path(__file__).parent.parent
+_DIGITS = {"__prefect_kind": "jinja", "template": "{{ event.payload.digits }}"}
 WHOLE = {
     "__prefect_kind": "json",
     "value": {"__prefect_kind": "jinja", "template": "{{ event.payload | tojson }}"},
@@ -67,6 +68,8 @@ def test_an_identity_that_outlives_replays() -> None:
         ({"payload": {"a\0": 1}}, "NUL"),
         ({"payload": {"half": "\ud800"}}, "surrogate"),
         ({"payload": {"none": float("nan")}}, "NaN"),
+        ({"payload": {"many": [2**64]}}, "64 bits"),
+        ({"payload": {"many": -(2**63) - 1}}, "64 bits"),
         ({"payload": {"none": [float("inf")]}}, "NaN"),
     ],
     ids=str,
@@ -87,6 +90,13 @@ def test_a_payload_too_deep() -> None:
         deep = {"in": deep}
     with pytest.raises(ValidationError, match="nested deeper"):
         an_event(payload=deep)
+
+
+@pytest.mark.no_server
+def test_numbers_that_the_server_takes() -> None:
+    """Hashes and ids of 64 bits are numbers like any other, with or without a sign."""
+    numbers: dict[str, Any] = {"least": -(2**63), "most": 2**64 - 1, "yes": True}
+    assert an_event(payload=numbers).payload == numbers
 
 
 # --- triggers ---
@@ -156,10 +166,11 @@ def test_parameters_from_the_payload() -> None:
     [
         ({"number": "{{ event.payload.nothing }}"}, {}),
         ({"x": {"__prefect_kind": "json", "value": {"__prefect_kind": "jinja", "template": "{"}}}, {}),
+        ({"x": {"__prefect_kind": "json", "value": _DIGITS}}, {"digits": "1" * 30}),
         ({"anything": WHOLE}, {"x": {"__prefect_kind": "workspace_variable", "variable_name": "secret"}}),
         ({"anything": WHOLE}, {"x": [{"$ref": {"block_document_slug": "secret/password"}}]}),
     ],
-    ids=["undefined", "no JSON", "a variable by the sender", "a block by the sender"],
+    ids=["undefined", "no JSON", "too big", "a variable by the sender", "a block by the sender"],
 )
 def test_templates_that_fail(parameters: dict[str, Any], payload: dict[str, Any]) -> None:
     """A template that doesn't render fails, and a sender can name no variable and no block."""

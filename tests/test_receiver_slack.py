@@ -141,6 +141,7 @@ async def test_what_is_typed_is_no_template(api: SyncPrefectClient, slack: Slack
         ("target a}}b=1", {}, "is not `name=value`"),
         ("target number=many", {}, "could not be started"),
         ("target word=\0", {}, "can't be stored"),
+        (f"target word={2**64}", {}, "a whole number of more than 64 bits; write it as text"),
         ("not-deployed", {}, "could not be started"),
     ],
     ids=str,

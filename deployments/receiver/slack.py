@@ -28,7 +28,7 @@ from starlette.responses import Response
 
 from blocks.receiver import SlackCommand
 from blocks.signatures import check_signature
-from deployments.receiver.source import Desk, Hook, Reading, Refused, Reply, Source, read_as
+from deployments.receiver.source import Desk, Hook, Reading, Refused, Reply, Source, read_as, told
 from tasks.events import EltEvent, HandedOver, HandOverError, OnceTrigger
 
 _log = logging.getLogger("elt.receiver")
@@ -79,8 +79,8 @@ class SlackSource(Source[SlackCommand]):
             event, trigger = self._wanted(command)
         except NotUnderstood as error:
             return _say(str(error))
-        except ValidationError:
-            return _say("Nothing was started: the command holds what can't be stored.")
+        except ValidationError as error:
+            return _say(f"Nothing was started: the command holds what can't be stored ({told(error)}).")
         handing = asyncio.create_task(_hand_over(desk, event, trigger))
         done, _ = await asyncio.wait([handing], timeout=_ANSWER)
         if done:

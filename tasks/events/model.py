@@ -13,10 +13,15 @@ _OURS = UUID("5d0c0f1e-5a0a-5a52-9a55-6f1f0f5a7f10")
 """The namespace of our event ids. Never to be changed: it would make every replay a new event."""
 
 _DEEPEST = 60
+_LEAST, _MOST = -(2**63), 2**64 - 1
 
 
-def _storable(value: JsonValue, depth: int = 0) -> JsonValue:
-    """What JSON allows and a database does not take is refused here, where the sender can still be told."""
+def storable(value: JsonValue, depth: int = 0) -> JsonValue:
+    """What JSON allows and the server does not take is refused here, where the sender can still be told.
+
+    Raises:
+        ValueError: It holds such a thing; says what, without the value.
+    """
     match value:
         case str():
             if "\0" in value:
@@ -25,26 +30,29 @@ def _storable(value: JsonValue, depth: int = 0) -> JsonValue:
                 value.encode()
             except UnicodeEncodeError:
                 raise ValueError("it holds half of a surrogate pair, which is no text") from None
+        # One such parameter of one run, and the server can't answer with any list that this run is in.
+        case int() if not _LEAST <= value <= _MOST:
+            raise ValueError("it holds a whole number of more than 64 bits; write it as text")
         case float() if not math.isfinite(value):
             raise ValueError("it holds a number that JSON can't carry (NaN or infinity)")
         case list() | dict():
             if depth == _DEEPEST:
                 raise ValueError(f"it is nested deeper than {_DEEPEST} levels")
             for item in value:
-                _storable(item, depth + 1)
+                storable(item, depth + 1)
             if isinstance(value, dict):
                 for item in value.values():
-                    _storable(item, depth + 1)
+                    storable(item, depth + 1)
     return value
 
 
 def _storable_text(value: str) -> str:
-    _storable(value)
+    storable(value)
     return value
 
 
 def _storable_object(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    _storable(value)
+    storable(value)
     return value
 
 

@@ -40,7 +40,7 @@ from pydantic import (
     model_validator,
 )
 
-from tasks.events.model import EltEvent
+from tasks.events.model import EltEvent, storable
 
 _KINDS = ("__prefect_kind", "$ref")
 """Keys by which Prefect replaces parts of parameters: by variables and templates, by blocks."""
@@ -154,13 +154,18 @@ class OnceTrigger(BaseModel):
         """The parameters of the run that the event starts.
 
         Raises:
-            TriggerFailed: A template does not render, or the payload holds what Prefect would go on to
-                replace by a variable or a block: a sender must not be able to name those.
+            TriggerFailed: A template does not render, or to what the server does not take; or the payload
+                holds what Prefect would go on to replace by a variable or a block: a sender must not be able
+                to name those.
         """
         try:
             parameters = render(self.parameters, received(event))
         except HydrationError as error:
             raise TriggerFailed(str(error)) from error
+        try:
+            storable(parameters)
+        except ValueError as error:
+            raise TriggerFailed(f"the parameters can't be stored: {error}") from None
         for key in _KINDS:
             if key in _keys(event.payload) and key in _keys(parameters):
                 raise TriggerFailed(f"the payload holds the key {key}, which Prefect would resolve")
