@@ -4,17 +4,18 @@ For a source that was repaired, or a table that is in doubt. Its blocks are thos
 """
 
 # No `from __future__ import annotations` here: see flows/elt.py.
-from typing import Literal
+from typing import Any, Literal
 
 from prefect import flow
 from prefect.client.schemas.objects import State
 
 from flows.alerts import Telling, tell_of_end
 from flows.elt import elt_chain
+from flows.exclusive import alone
 from flows.fan_out import KNOWN_ERRORS, refuse
 from flows.intervals import DataInterval
-from flows.parameters import NotifyList
-from flows.reloading import Pipeline, narrowed, pipeline_of
+from flows.parameters import Notify, NotifyList
+from flows.reloading import Pipeline, deployment_of, narrowed, pipeline_of
 from flows.report import EltReport
 from tasks.cancellation import cancel_open_jobs
 from tasks.jobs import EventLoopTaskRunner, limit_concurrency
@@ -37,10 +38,11 @@ def reload(
 ) -> EltReport:
     """Load one connection of a pipeline, then build and activate what hangs below it.
 
-    It is the pipeline's own chain, with its accounts, gates and owners, for a part of it. With `full_refresh`
-    what was loaded is deleted first, then loaded from the beginning, and the incremental models below are
-    built from nothing; with a data interval they keep the rest and are built for the interval. Safe to
-    retry: the deletion is before the load, and each is done once.
+    It is the pipeline's own chain, with its accounts, gates and owners, for a part of it. It waits while a
+    run of the pipeline is at work, and such a run waits for it. With `full_refresh` what was loaded is
+    deleted first, then loaded from the beginning, and the incremental models below are built from nothing;
+    with a data interval they keep the rest and are built for the interval. Safe to retry: the deletion is
+    before the load, and each is done once.
 
     Args:
         connection: Id or name of one of the pipeline's connections.
@@ -61,14 +63,24 @@ def reload(
     """
     whole: Pipeline | None = None
     try:
-        whole = pipeline_of(pipeline)
+        base = deployment_of(pipeline)
+        whole = pipeline_of(base)
         if notify:
             whole = whole.model_copy(update={"notify": notify})
-        limit_concurrency(whole.max_concurrency)
-        part = narrowed(whole, connection, mode=mode, streams=streams, interval=data_interval)
     except KNOWN_ERRORS as error:
-        Telling(whole.notify if whole else notify).refused(error)
-        return refuse(error)  # type: ignore[return-value]  # Prefect takes a State for the result in it
-    # Its body, in this very run: a retry of this run finds the jobs that it has started in its journal.
-    report: EltReport | State[EltReport] = elt_chain.fn(**part.parameters)
-    return report  # type: ignore[return-value]  # as above
+        return _refused(error, notify)  # type: ignore[no-any-return]
+    # From before the look at the warehouse, which a run of the pipeline may hold, to the last activation.
+    with alone(base):
+        try:
+            limit_concurrency(whole.max_concurrency)
+            part = narrowed(whole, connection, mode=mode, streams=streams, interval=data_interval)
+        except KNOWN_ERRORS as error:
+            return _refused(error, whole.notify)  # type: ignore[no-any-return]
+        # Its body, in this very run: a retry of this run finds the jobs that it has started in its journal.
+        report: EltReport | State[EltReport] = elt_chain.fn(**part.parameters)
+        return report  # type: ignore[return-value]  # Prefect takes a State for the result in it
+
+
+def _refused(error: Exception, notify: list[Notify]) -> Any:
+    Telling(notify).refused(error)
+    return refuse(error)

@@ -47,8 +47,8 @@ class Pipeline(BaseModel):
         return {name: getattr(self, name) for name in (*type(self).model_fields, *(self.model_extra or {}))}
 
 
-def pipeline_of(name: str) -> Pipeline:
-    """The pipeline that a deployment is, of this run's own environment and of no other.
+def deployment_of(name: str) -> DeploymentResponse:
+    """The deployment of a pipeline, of this run's own environment and of no other.
 
     Args:
         name: The deployment's, `elt-chain/flights` or just `flights`; with the environment's prefix or
@@ -69,10 +69,19 @@ def pipeline_of(name: str) -> Pipeline:
                 f"There is no pipeline {name!r}. Deployments of {elt_chain.name}: "
                 f"{', '.join(there) or 'none'}. Nothing was started."
             )
+    return base
+
+
+def pipeline_of(base: DeploymentResponse) -> Pipeline:
+    """The pipeline that a deployment is.
+
+    Raises:
+        InputError: Its parameters are not what the flow takes.
+    """
     try:
         return Pipeline.model_validate(elt_chain.validate_parameters(base.parameters))
     except (ParameterTypeError, ValidationError) as error:
-        raise InputError(f"The parameters of {name} do not fit its flow: {error}") from None
+        raise InputError(f"The parameters of {base.name} do not fit its flow: {error}") from None
 
 
 def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:

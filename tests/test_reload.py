@@ -6,17 +6,26 @@ import asyncio
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import duckdb
 import pytest
+from prefect import flow
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.responses import DeploymentResponse
+from prefect.states import Cancelled, Pending
 
 from deployments.environments import Environment
 from flows import EltReport, StepState, elt_chain, reload
-from flows.reloading import pipeline_of
+from flows.exclusive import alone
+from flows.reloading import deployment_of, pipeline_of
 from sandbox import Sandbox
 from tasks.airbyte_jobs import AirbyteVendor
 from tasks.intervals import DataInterval
@@ -104,6 +113,31 @@ def pipeline(box: Sandbox, shop: Project, deployed: dict[str, Any]) -> Project:
     return shop
 
 
+def one_at_a_time(limit: int = 1) -> DeploymentResponse:
+    """The deployment, with a limit."""
+    with get_client(sync_client=True) as client:
+        client.update_deployment(deployment_of("small").id, DeploymentUpdate(concurrency_limit=limit))
+    return deployment_of("small")
+
+
+@contextmanager
+def at_work(deployment: DeploymentResponse) -> Iterator[FlowRun]:
+    """A run of it, as a worker has taken it on."""
+    with get_client(sync_client=True) as client:
+        run = client.create_flow_run_from_deployment(deployment.id)
+        client.set_flow_run_state(run.id, Pending())
+        assert client.read_flow_run(run.id).state_name == "Pending"
+        try:
+            yield run
+        finally:
+            ended(run)
+
+
+def ended(run: FlowRun) -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, Cancelled())
+
+
 def built_by(project: Project) -> dict[str, set[str]]:
     with duckdb.connect(str(project.warehouse), read_only=True) as db:
         return {
@@ -151,6 +185,51 @@ def test_with_an_interval_nothing_is_built_from_nothing(box: Sandbox, pipeline: 
     assert after["counted"] != before["counted"]
 
 
+def test_a_run_of_the_pipeline_is_waited_for(
+    box: Sandbox, runs: Runs, deployed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """One that is at work, also on another machine; nothing is started before it has ended."""
+    with at_work(one_at_a_time()) as nightly, ThreadPoolExecutor(1) as pool:
+        reloading = pool.submit(reload, "planes", pipeline="small", return_state=True)
+        until(lambda: f"Waits until {nightly.name} of small has ended" in caplog.text)
+        time.sleep(3)
+        assert not reloading.done()
+        assert box.airbyte.jobs_of(IDS["planes"]) == []
+        ended(nightly)
+        state = reloading.result(300)
+    assert len(box.airbyte.jobs_of(IDS["planes"])) == 1, state.message
+
+
+def test_a_run_of_the_pipeline_waits(deployed: dict[str, Any]) -> None:
+    """While a connection of it is loaded anew; with a limit of several, none begins, either."""
+    base = one_at_a_time(limit=2)
+    with get_client(sync_client=True) as client:
+        nightly = client.create_flow_run_from_deployment(base.id)
+
+        @flow
+        def reloads() -> None:
+            with alone(base):
+                client.set_flow_run_state(nightly.id, Pending())
+                assert client.read_flow_run(nightly.id).state_name == "AwaitingConcurrencySlot"
+
+        reloads()
+        client.set_flow_run_state(nightly.id, Pending())
+        assert client.read_flow_run(nightly.id).state_name == "Pending"
+        ended(nightly)
+
+
+def test_a_pipeline_without_a_limit(deployed: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+    """Its runs are not kept apart from each other, nor from this one; that is said."""
+
+    @flow
+    def reloads() -> bool:
+        with alone(deployment_of("small")):
+            return True
+
+    assert reloads()
+    assert "small has no concurrency limit" in caplog.text
+
+
 def test_incremental_keeps_what_is_there(box: Sandbox, pipeline: Project) -> None:
     """Nothing is cleared, and the incremental model keeps its rows; by the connection's id as by its name."""
     before = built_by(pipeline)
@@ -176,14 +255,14 @@ def test_environments_are_apart(prefix: str, monkeypatch: pytest.MonkeyPatch) ->
             for name, limit in limits.items()
         ]
         try:
-            assert pipeline_of("kept-apart").max_concurrency == 1
+            assert pipeline_of(deployment_of("kept-apart")).max_concurrency == 1
             for name, value in Environment(name="here", prefix=prefix).variables.items():
                 monkeypatch.setenv(name, value)  # as `make deploy` has it in every run of the environment
-            assert pipeline_of("kept-apart").max_concurrency == 2
-            assert pipeline_of(f"elt-chain/{prefix}kept-apart").max_concurrency == 2
+            assert pipeline_of(deployment_of("kept-apart")).max_concurrency == 2
+            assert pipeline_of(deployment_of(f"elt-chain/{prefix}kept-apart")).max_concurrency == 2
             client.delete_deployment(made.pop())
             with pytest.raises(InputError, match="There is no pipeline 'kept-apart'"):
-                pipeline_of("kept-apart")
+                pipeline_of(deployment_of("kept-apart"))
         finally:
             for deployment_id in made:
                 client.delete_deployment(deployment_id)
