@@ -19,7 +19,7 @@ from flows.fan_out import KNOWN_ERRORS, submit
 from flows.intervals import IntervalOfRun, given, interval_of_run
 from flows.parameters import NotifyList
 from flows.standing import StandingJob
-from tasks.dbt.choice import incremental_models, with_all_below, words
+from tasks.dbt.choice import below_of, incremental_models, with_all_below, words
 from tasks.dbt.freshness import Freshness
 from tasks.dbt_core import DbtCore, DbtInputError, DbtResult, DbtState, dbt_previous
 from tasks.jobs import EventLoopTaskRunner
@@ -176,14 +176,18 @@ def full_refresh(
     except KNOWN_ERRORS as error:
         return job.refuse(error)  # type: ignore[no-any-return]
     names, ids = words(lineage, chosen), {node.unique_id for node in chosen}
+    further, tests = below_of(lineage, ids) if below else ([], [])
     logger.info("Rebuilding from nothing: %s", ", ".join(names))
-    built = job.build(job.like(select=names, full_refresh=True))
+    # A test that reads what is below, too, is right only when that is built: before, it would see what the
+    # old rows made there, and if it failed, nothing below would ever be built.
+    built = job.build(job.like(select=names, exclude=tests, full_refresh=True))
     for node in built.nodes if built else ():
         if node.unique_id in ids:
             rows = f", {node.rows:,} rows" if node.rows is not None else ""
             logger.info("Rebuilt from nothing: %s in %.1f s%s", node.label, node.duration, rows)
-    if built and below and lineage.downstream(ids):
-        job.build(job.like(select=[f"{name}+" for name in names], exclude=names))
+    if built and further:
+        # Not `log+` without `log`: to leave out a model leaves out every test that reads it.
+        job.build(job.like(select=[*further, *tests]))
     return job.ended(all_results=True)  # type: ignore[no-any-return]
 
 

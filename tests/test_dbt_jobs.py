@@ -188,6 +188,41 @@ class TestFullRefresh:
         assert "Rebuilt from nothing: model log in " in caplog.text
         assert "## dbt build log" in artifact(run_id, "dbt-report")
 
+    def test_tests_across_are_run_when_what_is_below_is_built(self, tmp_path: Path) -> None:
+        """A test that reads both would fail on the old rows below, which then would never be built anew.
+
+        A model that has nothing below it but its tests has nothing more to build.
+        """
+        project = Project(tmp_path)
+        project.model("log", "{{ config(materialized='incremental') }} select unnest([1, 2]) as id")
+        project.model("from_log", "{{ config(materialized='table') }} select id from {{ ref('log') }}")
+        project.model("leaf", "{{ config(materialized='incremental') }} select 1 as id")
+        in_log = "{name: in_log, arguments: {to: ref('log'), field: id}}"
+        project.write(
+            "models/schema.yml",
+            f"""
+            models:
+              - {{name: log, columns: [{{name: id, data_tests: [unique]}}]}}
+              - {{name: leaf, columns: [{{name: id, data_tests: [unique]}}]}}
+              - name: from_log
+                columns: [{{name: id, data_tests: [not_null, {{relationships: {in_log}}}]}}]
+            """,
+        )
+        assert run(build_project, dbt=project.core())[0].name == "Completed"
+        with duckdb.connect(str(project.warehouse)) as db:
+            db.execute("insert into log values (3); insert into from_log values (3)")
+
+        state, _ = run(full_refresh, dbt=project.core(), models=["log"], below=True)
+        assert state.name == "Completed", state.message
+        rebuilt, below = told(state)
+        assert names(rebuilt) == {"log", "unique_log_id"}
+        assert names(below) == {"from_log", "not_null_from_log_id", "in_log"}
+        assert column(project, "select id from from_log order by id") == [1, 2]
+
+        state, _ = run(full_refresh, dbt=project.core(), models=["leaf"], below=True)
+        assert state.name == "Completed", state.message
+        assert [names(result) for result in told(state)] == [{"leaf", "unique_leaf_id"}]
+
     def test_a_model_that_is_not_incremental_is_refused(self, shop: Project) -> None:
         """Naming what is, and nothing is started."""
         before = column(shop, "select max(at_time) from log")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
-from tasks.dbt.lineage import Lineage, LineageNode, listed
+from tasks.dbt.lineage import TESTS, Lineage, LineageNode, listed
 from tasks.dbt.model import DbtInputError
 
 _BUILT = frozenset({"model", "seed", "snapshot"})
@@ -56,6 +56,27 @@ def incremental_models(lineage: Lineage, names: Sequence[str]) -> list[LineageNo
 def words(lineage: Lineage, nodes: Sequence[LineageNode]) -> list[str]:
     """The words that select exactly these nodes."""
     return [_word(lineage, node) for node in nodes]
+
+
+def below_of(lineage: Lineage, ids: Collection[str]) -> tuple[list[str], list[str]]:
+    """What is built downstream of these nodes, and the tests that read it and one of these nodes.
+
+    Args:
+        lineage: The project.
+        ids: Unique ids of nodes.
+
+    Returns:
+        The words that select exactly these models, seeds and snapshots, and those for the tests.
+    """
+    below = {id_ for id_ in lineage.downstream(ids) if lineage.nodes[id_].resource_type in _BUILT}
+    both = {
+        child
+        for id_ in ids
+        for child in lineage.children(id_)
+        if lineage.nodes[child].resource_type in TESTS and below.intersection(lineage.parents(child))
+    }
+    built, tests = ([lineage.nodes[id_] for id_ in sorted(found)] for found in (below, both))
+    return words(lineage, built), words(lineage, tests)
 
 
 def is_incremental(node: LineageNode) -> bool:

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any
 
-_TESTS = frozenset({"test", "unit_test"})
+TESTS = frozenset({"test", "unit_test"})
+"""Kinds of nodes that test others."""
+
 _SECTIONS = (
     "nodes",
     "sources",
@@ -216,7 +218,7 @@ class Lineage:
     def tested_by(self, unique_id: str) -> tuple[str, ...]:
         """The nodes that a test is about; empty for anything that is not a test."""
         node = self.nodes.get(unique_id)
-        if node is None or node.resource_type not in _TESTS:
+        if node is None or node.resource_type not in TESTS:
             return ()
         if node.attached:
             return (node.attached,)
@@ -244,7 +246,7 @@ class Lineage:
         direct = set(self.parents(unique_id))
         if missing := above & set(held):
             return self._because(missing, direct, what)
-        bad = {i for i in above & set(tainted) if self.nodes[i].resource_type not in _TESTS}
+        bad = {i for i in above & set(tainted) if self.nodes[i].resource_type not in TESTS}
         roots = {i for i in bad if not bad.intersection(self.parents(i))}
         return self._because(roots, direct, "did not build cleanly") if roots else None
 
