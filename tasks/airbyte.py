@@ -116,7 +116,8 @@ async def airbyte_sync(sync: AirbyteSync) -> JobResult:
 
     Safe to retry: a retry attaches to the job that an earlier attempt started, and one that succeeded is not
     started again. With `before`, what was loaded (of `streams`, if any are named) is deleted first, by a job
-    of its own that must succeed; it has its own `policy.timeout`. Each of the two is done once, however often
+    of its own that must succeed; it has its own `policy.timeout`. A sync that is running is not
+    cancelled for it: `policy.on_active` holds for the clear, too. Each of the two is done once, however often
     the run is retried.
 
     Follows `POST /jobs` and `GET /jobs` of the public API, or `POST /v1/connections/sync` and
@@ -143,7 +144,8 @@ async def airbyte_sync(sync: AirbyteSync) -> JobResult:
 async def airbyte_clear(sync: AirbyteSync, *, reset: bool = False) -> JobResult:
     """Delete what a connection has loaded, and its state, so that its next sync loads everything anew.
 
-    It is not followed by a sync: run one yourself. A sync that is running is cancelled by Airbyte first.
+    It is not followed by a sync: run one yourself. Airbyte would cancel a sync that is running, so that
+    one is looked for and dealt with as `policy.on_active` says; what would adopt it waits for it instead.
 
     Args:
         sync: The connection, its server and its policy.

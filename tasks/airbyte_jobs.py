@@ -61,7 +61,11 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
         self._explained: dict[str, Job] = {}  # by job id, as it was when its attempts were last asked for
 
     async def start(self, request: AirbyteRequest, intent: Intent) -> JobHandle:
-        """Start a sync, clear, reset or refresh. Airbyte has no place for a marker."""
+        """Start a sync, clear, reset or refresh. Airbyte has no place for a marker.
+
+        Raises:
+            AlreadyRunning: Airbyte refuses because a job is running; or one is, which a clear would end.
+        """
         async with self._connect() as client:
             api = await client.api()
             connection = await api.connection(request.resource_id)
@@ -69,11 +73,23 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
                 api.forget(connection.id)
                 connection = await api.connection(connection.id)
             refuse_unless_active(connection)
+            if request.operation in ("clear", "reset"):
+                await self._refuse_over_another(api, connection)
             try:
                 job = await _create(client, api, request)
             except ConflictError as error:
                 raise await self._conflict(api, connection, request, error) from error
             return self._handle(job, connection, intent.marker)
+
+    async def _refuse_over_another(self, api: AirbyteApi, connection: Connection) -> None:
+        """Airbyte refuses no clear: it cancels what the connection is running, whosever that is."""
+        jobs = await api.newest_jobs(connection.id)
+        newest = max(
+            jobs, key=lambda job: job.created_at, default=None
+        )  # one at a time: the others have ended
+        if newest is not None and not newest.ended:
+            # Nor is a clear the same as ours, for a job does not say which streams it is of.
+            raise AlreadyRunning(self._handle(newest, connection, ""), same=False)
 
     async def _conflict(
         self, api: AirbyteApi, connection: Connection, request: AirbyteRequest, error: ConflictError

@@ -12,7 +12,14 @@ from pydantic import ValidationError
 from blocks import AirbyteServer
 from blocks.http import NotFoundError
 from sandbox import Sandbox
-from tasks.airbyte import AirbyteSync, airbyte_refresh, airbyte_status, airbyte_sync, airbyte_wait
+from tasks.airbyte import (
+    AirbyteSync,
+    airbyte_clear,
+    airbyte_refresh,
+    airbyte_status,
+    airbyte_sync,
+    airbyte_wait,
+)
 from tasks.airbyte_jobs import AirbyteVendor
 from tasks.jobs import InputError, JobFailed, JobPolicy, JobState, read_entries
 from tests.crash_flows import killed, run_again
@@ -82,6 +89,60 @@ async def test_min_rows_is_the_syncs(desk: Desk) -> None:
     """That a clear moves no rows is no reason to fail it."""
     policy = QUICK.model_copy(update={"min_rows": 1000})
     assert (await airbyte_sync(sync_of(desk, before="clear", policy=policy))).rows == 1000
+
+
+# -- a sync that is running, which Airbyte would cancel for a clear
+
+
+def on(desk: Desk, sandbox: Sandbox, api: str) -> AirbyteServer:
+    return desk.vendor._server.model_copy(update={"base_url": getattr(sandbox, _URLS[api])})
+
+
+@pytest.mark.parametrize("on_active", ["queue", "adopt"])
+@pytest.mark.parametrize("before", ["clear", "reset"])
+@pytest.mark.parametrize("api", ["public", "config"])
+async def test_a_clear_waits_for_a_running_sync(
+    desk: Desk, sandbox: Sandbox, api: str, before: str, on_active: str
+) -> None:
+    """The sync that runs is left to its end; then it is cleared, and synced."""
+    desk.behave(duration=0.6)
+    theirs = desk.start_by_hand()
+    policy = QUICK.model_copy(update={"on_active": on_active})
+    result = await airbyte_sync(sync_of(desk, server=on(desk, sandbox, api), before=before, policy=policy))
+    assert types(desk) == ["sync", before, "sync"]
+    assert desk.words == ["succeeded"] * 3
+    assert (desk.jobs[0], desk.jobs[2]) == (theirs, result.job_id)
+
+
+@pytest.mark.parametrize("on_active", ["skip", "fail"])
+@pytest.mark.parametrize("api", ["public", "config"])
+async def test_no_clear_over_a_running_sync(desk: Desk, sandbox: Sandbox, api: str, on_active: str) -> None:
+    """Under skip and fail neither the clear nor the sync is started, and the one that runs goes on."""
+    desk.behave(outcome="stuck")
+    theirs = desk.start_by_hand()
+    sync = sync_of(
+        desk,
+        server=on(desk, sandbox, api),
+        before="clear",
+        policy=QUICK.model_copy(update={"on_active": on_active}),
+    )
+    for run in (airbyte_sync(sync), airbyte_clear(sync)):
+        if on_active == "skip":
+            assert (await run).state is JobState.SKIPPED
+        else:
+            with pytest.raises(JobFailed, match=f"job {theirs} is running already, and the policy says fail"):
+                await run
+    assert desk.jobs == [theirs]
+    assert desk.words != ["cancelled"]
+
+
+async def test_no_clear_over_a_clear(desk: Desk) -> None:
+    """A clear of somebody else's may be of other streams: it is waited for, not taken for ours."""
+    desk.behave(duration=0.6)
+    theirs = desk.start_by_hand("clear")
+    result = await airbyte_clear(sync_of(desk, policy=QUICK.model_copy(update={"on_active": "adopt"})))
+    assert desk.jobs == [theirs, result.job_id]
+    assert desk.words == ["succeeded"] * 2
 
 
 async def test_no_sync_after_a_clear_that_failed(desk: Desk) -> None:
