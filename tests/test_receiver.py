@@ -11,9 +11,10 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import ValidationError
+from starlette.applications import Starlette
 
 from blocks.receiver import CensusWebhook, DbtCloudWebhook, FivetranWebhook, GitWebhook, PagerDutyWebhook
-from deployments.receiver.app import Limits
+from deployments.receiver.app import Limits, Receiver
 from deployments.receiver.census import CensusSource
 from deployments.receiver.dbt_cloud import DbtCloudSource
 from deployments.receiver.fivetran import FivetranSource
@@ -460,3 +461,11 @@ def test_a_source_without_a_secret(kind: type[FivetranWebhook], secret: str) -> 
         kind(secret=secret)
     assert len(kind(secret=SECRET, previous_secret="").secrets) == 1
     assert len(kind(secret=SECRET, previous_secret="the-old-one").secrets) == 2
+
+
+async def test_what_does_not_end_when_it_stops(prefect_server: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The receiver does not wait for it for ever, and its log says what was dropped."""
+    receiver = Receiver({}, (), Limits(handing_over=0.2))
+    async with receiver.running(Starlette()):
+        receiver.later(asyncio.sleep(3600), "/hooks/signed-webhook/main: job 7")
+    assert "/hooks/signed-webhook/main: job 7: dropped: the receiver was stopped" in caplog.text

@@ -185,6 +185,29 @@ async def test_an_early_notification(
     assert target.runs()[0].parameters == {"word": str(job)}
 
 
+@pytest.mark.parametrize("ends", [True, False], ids=["has ended by then", "still runs"])
+async def test_stopped_before_it_is_tried_again(
+    sandbox: Sandbox,
+    source: AirbyteSource,
+    target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    ends: bool,
+) -> None:
+    """Airbyte tells of it once: a receiver that is stopped tries once more, and says what it drops."""
+    monkeypatch.setattr(receiver_airbyte, "_EARLY", ())
+    monkeypatch.setattr(receiver_airbyte, "_LATER", (3600.0,) * 3)
+    (connection,) = sandbox.airbyte.add_connections(1)
+    sandbox.airbyte.set(connection, outcome="stuck")
+    job = sandbox.airbyte.start(connection, "sync").job_id
+    async with running([source], [target.trigger(expect=["elt.airbyte.job.failed"])]) as client:
+        assert (await post(client, told(source, job, connection))).status_code == 503
+        if ends:
+            sandbox.airbyte.finish_job(job, "failed")
+    assert len(target.runs()) == ends
+    assert (f"{source.shown_path}: job {job}: dropped" in caplog.text) is not ends
+
+
 async def test_airbytes_api_is_away(
     sandbox: Sandbox, source: AirbyteSource, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:

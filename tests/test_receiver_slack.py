@@ -189,6 +189,23 @@ async def test_no_server(target: Target, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not target.runs()
 
 
+async def test_stopped_before_it_is_tried_again(
+    target: Target, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Slack sends it once: a receiver that is stopped tries once more, and tells who gave the command."""
+    monkeypatch.setattr(receiver_slack, "_AGAIN", (3600.0,))
+    monkeypatch.setattr(receiver_slack, "_ANSWER", 1.0)
+    source, answers = SlackSource(block(target), "main"), Answers()
+    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
+        async with running([source]) as client:
+            outside = httpx.AsyncClient(transport=httpx.MockTransport(answers.take))
+            monkeypatch.setattr(source, "_slack", outside)
+            assert "takes a moment" in await Slack(client, target, answers).say("target", trigger_id="7.7")
+    (said,) = await answers.until(1)
+    assert "was not started" in said
+    assert "/hooks/slack-command/main: elt.slack.command (slack:T0001:7.7): dropped" in caplog.text
+
+
 async def test_answers_go_to_slack_alone(slack: Slack, api: SyncPrefectClient) -> None:
     """A response_url that is none of Slack's gets nothing, whoever signed it."""
     said = await slack.say("target", response_url="https://hooks.slack.com.example.org/x")

@@ -83,19 +83,24 @@ class AirbyteSource(Source[AirbyteWebhook]):
             async with asyncio.timeout(_PATIENCE):
                 return await super().answer(hook, desk)
         except TimeoutError:
-            desk.later(self._later(hook, desk))
+            desk.later(self._later(hook, desk), self._what(hook))
             raise TryAgain("Airbyte's API does not answer in time") from None
         except AWAY:
-            desk.later(self._later(hook, desk))
+            desk.later(self._later(hook, desk), self._what(hook))
             raise
+
+    def _what(self, hook: Hook) -> str:
+        """What a person can look up at Airbyte when it comes to nothing."""
+        data = hook.read(_Notification).data
+        return f"{self.shown_path}: job {data.job_id if data else '?'}"
 
     async def _later(self, hook: Hook, desk: Desk) -> None:
         for last, pause in enumerate(_LATER, start=1 - len(_LATER)):
-            await asyncio.sleep(pause)
+            goes_on = await desk.pause(pause)
             try:
                 await desk.hand_over((await self._read(hook, ())).events, ())
             except AWAY:
-                if not last:
+                if not last or not goes_on:
                     raise
             else:
                 return

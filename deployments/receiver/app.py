@@ -69,6 +69,7 @@ class Receiver:
     _client: PrefectClient | None = None
     _handed: OrderedDict[UUID, HandedOver] = field(default_factory=OrderedDict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+    _stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @asynccontextmanager
     async def running(self, _app: Starlette) -> AsyncIterator[None]:
@@ -80,18 +81,44 @@ class Receiver:
             try:
                 yield
             finally:
-                for task in self._tasks:
-                    task.cancel()
-                await asyncio.gather(*self._tasks, return_exceptions=True)
+                await self._stop()
 
-    def later(self, work: Coroutine[Any, Any, None]) -> None:
-        """Go on with something in the background; its error is logged, and nobody else's."""
+    async def _stop(self) -> None:
+        """Have everything in the background tried once more, at once, and end what is not done then."""
+        self._stopping.set()
+        if self._tasks:
+            # All of it in the time of one hand-over: whatever has asked us to stop does not wait for long.
+            await asyncio.wait(self._tasks, timeout=self.limits.handing_over)
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def pause(self, seconds: float) -> bool:
+        """Wait, but not for longer than the receiver runs.
+
+        Returns:
+            Whether it goes on; if not, this is the last try.
+        """
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._stopping.wait(), seconds)
+        return not self._stopping.is_set()
+
+    def later(self, work: Coroutine[Any, Any, None], what: str) -> None:
+        """Go on with something in the background; that it came to nothing is logged.
+
+        Args:
+            work: To be done. It waits by `pause`.
+            what: The source, and what it is about, by its id.
+        """
 
         async def guarded() -> None:
             try:
                 await work
+            except asyncio.CancelledError:
+                _log.error("%s: dropped: the receiver was stopped", what)
+                raise
             except Exception as error:  # noqa: BLE001 - there is nobody left to answer; the log has it
-                _log.error("in the background: %s", _named(error))
+                _log.error("%s: dropped: %s", what, _named(error))
 
         task = asyncio.create_task(guarded())
         self._tasks.add(task)
@@ -132,7 +159,7 @@ class Receiver:
         try:
             body = await self._body(request)
             hook = Hook(request.headers, body, tail, request.method)
-            return await source.answer(hook, Desk(self.hand_over, self.later))
+            return await source.answer(hook, Desk(self.hand_over, self.later, self.pause))
         except BadSignature as error:
             _log.warning("%s: refused: %s", source.shown_path, error)
             return _refused(401, str(error))

@@ -84,11 +84,12 @@ class SlackSource(Source[SlackCommand]):
         handing = asyncio.create_task(_hand_over(desk, event, trigger))
         done, _ = await asyncio.wait([handing], timeout=_ANSWER)
         if done:
-            text, run = await self._outcome(handing, trigger)
+            text, run = await self._outcome(handing, trigger, event.label)
             if run is not None:
-                desk.later(self._follow(run, command))
+                desk.later(self._follow(run, command, desk), f"{self.path}: following {run.name}")
             return _say(text)
-        desk.later(self._late(handing, trigger, command))
+        late = self._late(handing, trigger, command, desk, event.label)
+        desk.later(late, f"{self.path}: {event.label}")
         return _say(f"Starting `{trigger.deployment}` takes a moment; it is told here when it has.")
 
     async def read(self, hook: Hook) -> Reading:
@@ -175,13 +176,13 @@ class SlackSource(Source[SlackCommand]):
         return wanted[0], parameters
 
     async def _outcome(
-        self, handing: asyncio.Task[list[HandedOver]], trigger: OnceTrigger
+        self, handing: asyncio.Task[list[HandedOver]], trigger: OnceTrigger, what: str
     ) -> tuple[str, FlowRun | None]:
         """What to say of a hand-over, and the run where there is one."""
         try:
             (handed,) = await handing
         except HandOverError as error:
-            _log.error("%s: not taken: %s", self.path, error)
+            _log.error("%s: %s: dropped: %s", self.path, what, error)
             return f"`{trigger.deployment}` was not started: the Prefect server does not answer.", None
         run = next((run for run in handed.runs if run.deployment == trigger.deployment), None)
         if run is None:
@@ -193,15 +194,20 @@ class SlackSource(Source[SlackCommand]):
         return f"Taken: `{trigger.deployment}` as {_link(read)}.", read
 
     async def _late(
-        self, handing: asyncio.Task[list[HandedOver]], trigger: OnceTrigger, command: _Command
+        self,
+        handing: asyncio.Task[list[HandedOver]],
+        trigger: OnceTrigger,
+        command: _Command,
+        desk: Desk,
+        what: str,
     ) -> None:
-        text, run = await self._outcome(handing, trigger)
+        text, run = await self._outcome(handing, trigger, what)
         await self._post(command, text)
         if run is not None:
-            await self._follow(run, command)
+            await self._follow(run, command, desk)
 
-    async def _follow(self, run: FlowRun, command: _Command) -> None:
-        """Tell when the run begins and how it ends."""
+    async def _follow(self, run: FlowRun, command: _Command, desk: Desk) -> None:
+        """Tell when the run begins and how it ends, for as long as Slack takes answers and we are up."""
         begun = False
         loop = asyncio.get_running_loop()
         until = loop.time() + _FOLLOWED
@@ -215,7 +221,9 @@ class SlackSource(Source[SlackCommand]):
             if state is not None and state.is_running() and not begun:
                 begun = True
                 await self._post(command, f"▶️ {_link(run)} has begun.")
-            await asyncio.sleep(_LOOK)
+            if not await desk.pause(_LOOK):
+                _log.warning("%s: stopped: nobody is told how %s ends", self.path, run.name)
+                return
             try:
                 run = await self.client.read_flow_run(run.id)
             except httpx.HTTPError:
@@ -238,12 +246,19 @@ class SlackSource(Source[SlackCommand]):
 
 
 async def _hand_over(desk: Desk, event: EltEvent, trigger: OnceTrigger) -> list[HandedOver]:
-    """Hand a command over, in several tries; however many of them arrive, they start one run."""
+    """Hand a command over, in several tries; however many of them arrive, they start one run.
+
+    Raises:
+        HandOverError: None did, and no more are made.
+    """
+    goes_on = True
     for pause in _AGAIN:
         try:
             return await desk.hand_over([event], [trigger])
         except HandOverError:
-            await asyncio.sleep(pause)
+            if not goes_on:
+                raise
+            goes_on = await desk.pause(pause)
     return await desk.hand_over([event], [trigger])
 
 

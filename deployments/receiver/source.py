@@ -133,11 +133,14 @@ class Desk:
     Attributes:
         hand_over: Takes events and the request's own triggers; raises `HandOverError` where not all of it was
             taken.
-        later: Goes on with something when the request is answered.
+        later: Goes on with something when the request is answered; logs by what it is called, should it come
+            to nothing.
+        pause: Waits between two tries. False if the receiver is being stopped: then the next is the last.
     """
 
     hand_over: HandOver
-    later: Callable[[Coroutine[Any, Any, None]], None]
+    later: Callable[[Coroutine[Any, Any, None], str], None]
+    pause: Callable[[float], Awaitable[bool]]
 
 
 class Source(ABC, Generic[BlockT]):
