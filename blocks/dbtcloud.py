@@ -28,7 +28,7 @@ from pydantic import (
 from blocks.dbtcloud_model import Job, Overrides, Run
 from blocks.fields import MASKED_GUIDANCE, check_base_url, clean_secret, is_masked
 from blocks.http import ApiClient, AuthError, BadReply, NotFoundError, VendorError, shared_client
-from blocks.reference import NamesBlock, load_block
+from blocks.reference import NAMED, NamesBlock, load_block
 
 SLUG = "dbt-cloud-credentials"
 PAGE = 100
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
 else:
     CredentialsRef = Annotated[
         Any,
+        NAMED,  # looks at what `_credentials` has made of it
         BeforeValidator(_credentials),
         # In a form and in a deployment it is the name; instances are for scripts.
         WithJsonSchema({"type": "string", "description": "Name of a saved dbt Cloud Credentials block."}),

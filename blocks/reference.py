@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -10,6 +11,9 @@ from weakref import WeakKeyDictionary
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
+from pydantic import BeforeValidator
+
+from blocks.fields import MASKED_GUIDANCE
 
 BlockT = TypeVar("BlockT", bound=Block)
 
@@ -33,16 +37,46 @@ class BlockNotFound(ValueError):
     """There is no saved block of this name."""
 
 
+# What Prefect takes for the name of a block, and before it the slug of its type.
+_REFERENCE = re.compile(r"(?:[a-z0-9-]+/)?[a-z0-9-]+")
+_NO_NAME = (
+    "Give the name of a saved block, such as on-call: a name holds only a-z, 0-9 and dashes. What was given "
+    "is not repeated here, for it may be a URL or a key that nobody is to read; those belong into a block."
+)
+UNSAVED = "(a block that is not saved)"
+"""What stands in a flow run's parameters for a block that has no name."""
+
+_KEY_LENGTH, _KEY_DIGITS = 20, 6  # from which on what may be a name may be a key as well
+
+
+def _check_reference(given: Any) -> Any:
+    if isinstance(given, str) and given != UNSAVED and not _REFERENCE.fullmatch(given):
+        raise ValueError(_NO_NAME)
+    return given
+
+
+NAMED = BeforeValidator(_check_reference)
+"""Of `SomeBlock | str`: refuses a text that can't be a block's name, without repeating it.
+
+A webhook's URL that is pasted where its block's name belongs would else be told to everybody who is told
+that there is no such block.
+"""
+
+
 async def load_block(kind: type[BlockT], reference: BlockT | str) -> BlockT:
     """The block itself, or the saved one of this name: `my-airbyte` or `airbyte-server/my-airbyte`.
 
     A fan-out of hundreds of tasks asks the API once: what was loaded is kept for as long as the event loop.
 
     Raises:
-        BlockNotFound: With the names that are saved.
+        BlockNotFound: With the names that are saved. What can't be a name, or may be a key, is not repeated.
     """
     if isinstance(reference, kind):
         return reference
+    if reference == UNSAVED:
+        raise BlockNotFound(f"The parameters hold {UNSAVED}. {MASKED_GUIDANCE}")
+    if not _REFERENCE.fullmatch(str(reference)):
+        raise BlockNotFound(_NO_NAME)
     name = str(reference).removeprefix(f"{kind.get_block_type_slug()}/")
     loading = _loading.setdefault(asyncio.get_running_loop(), {})
     key = (kind, name)
@@ -67,9 +101,14 @@ async def _load(kind: type[BlockT], name: str) -> BlockT:
         }
         if name not in saved:
             others = f"Saved are: {', '.join(sorted(saved))}." if saved else "None is saved yet."
-            raise BlockNotFound(f"There is no {kind.get_block_type_name()} block named {name!r}. {others}")
+            called = "of the name that was given" if _may_be_key(name) else f"named {name!r}"
+            raise BlockNotFound(f"There is no {kind.get_block_type_name()} block {called}. {others}")
         block: BlockT = await kind.aload(name, client=client)
         return block
+
+
+def _may_be_key(name: str) -> bool:
+    return len(name) >= _KEY_LENGTH and sum(character.isdigit() for character in name) >= _KEY_DIGITS
 
 
 def block_name(block: Block | str, kind: type[Block]) -> str | None:

@@ -16,11 +16,15 @@ from tasks.fivetran import FivetranSync
 from tasks.gates import GateCheck
 from tasks.hightouch import HightouchSequence, HightouchSync
 from tasks.http_job import HttpJobRun
+from tasks.jobs import without_parameters
 from tasks.pagerduty import PagerDutyNotify
 from tasks.slack import SlackChannel, SlackNotify
 from tasks.steps import OwnStep
 
 __all__ = ["Activation", "GateCheck", "Notify", "NotifyList", "OwnStep", "Sync", "Transform"]
+
+# Prefect looks at the parameters before a line of a flow has run, so it is done here.
+without_parameters()
 
 Sync = Annotated[AirbyteSync | AirbyteConnections | FivetranSync | HttpJobRun, Field(discriminator="tool")]
 """What loads a connection, or connections by tag."""

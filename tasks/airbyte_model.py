@@ -17,11 +17,12 @@ from pydantic import (
 
 from blocks.airbyte import AirbyteServer
 from blocks.airbyte_model import Connection
-from blocks.reference import stored_block
+from blocks.reference import NAMED, stored_block
 from tasks.jobs import JobPolicy, ToolParameters
 
 ServerRef = Annotated[
     AirbyteServer | str,
+    NAMED,
     # In a form and in a deployment it is the name; instances are for scripts.
     WithJsonSchema({"type": "string", "description": "Name of a saved Airbyte Server block."}),
 ]

@@ -24,7 +24,7 @@ from pydantic import (
 
 from blocks.census import CensusApi, CensusCredentials, Sync, SyncRun
 from blocks.http import NotFoundError, VendorError
-from blocks.reference import block_name, load_block, stored_block
+from blocks.reference import NAMED, block_name, load_block, stored_block
 from tasks.jobs import (
     AccountVendor,
     AlreadyRunning,
@@ -64,6 +64,7 @@ _FULL = "full-sync"
 
 CredentialsRef = Annotated[
     CensusCredentials | str,
+    NAMED,
     # In a form and in a deployment it is the name; instances are for scripts.
     WithJsonSchema({"type": "string", "description": "Name of a saved Census Credentials block."}),
 ]

@@ -25,7 +25,7 @@ from pydantic import (
 
 from blocks.fivetran import Connection, FivetranApi, FivetranCredentials
 from blocks.http import NotFoundError
-from blocks.reference import load_block, stored_block
+from blocks.reference import NAMED, load_block, stored_block
 from tasks.fivetran_jobs import (
     Before,
     FivetranRequest,
@@ -67,6 +67,7 @@ _FEW = 3  # up to so many connections are read one by one: a list would cost as 
 
 CredentialsRef = Annotated[
     FivetranCredentials | str,
+    NAMED,
     # In a form and in a deployment it is the name; instances are for scripts.
     WithJsonSchema({"type": "string", "description": "Name of a saved Fivetran Credentials block."}),
 ]

@@ -23,7 +23,7 @@ from pydantic import (
 
 from blocks.hightouch import HightouchApi, HightouchCredentials, Sync
 from blocks.http import NotFoundError
-from blocks.reference import load_block, stored_block
+from blocks.reference import NAMED, load_block, stored_block
 from tasks.hightouch_jobs import FULL, HightouchRequest, HightouchVendor, sync_problem
 from tasks.hightouch_sequences import HightouchSequenceVendor
 from tasks.jobs import (
@@ -43,6 +43,7 @@ from tasks.jobs import (
 
 CredentialsRef = Annotated[
     HightouchCredentials | str,
+    NAMED,
     # In a form and in a deployment it is the name; instances are for scripts.
     WithJsonSchema({"type": "string", "description": "Name of a saved Hightouch Credentials block."}),
 ]

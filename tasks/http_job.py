@@ -20,7 +20,7 @@ from pydantic import (
 from blocks.http import NotFoundError
 from blocks.http_job import HttpJob, resource_id
 from blocks.http_job_fill import Value
-from blocks.reference import load_block, stored_block
+from blocks.reference import NAMED, load_block, stored_block
 from tasks.http_job_vendor import HttpJobVendor, job_name
 from tasks.jobs import (
     Checked,
@@ -38,6 +38,7 @@ from tasks.jobs import (
 
 JobRef = Annotated[
     HttpJob | str,
+    NAMED,
     # In a form and in a deployment it is the name; instances are for scripts.
     WithJsonSchema({"type": "string", "description": "Name of a saved HTTP Job block."}),
 ]

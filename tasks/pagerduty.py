@@ -20,7 +20,7 @@ from pydantic import (
 
 from blocks.http import VendorError
 from blocks.pagerduty import Alert, Link, PagerDutyEvents, PagerDutyRouting, Severity
-from blocks.reference import load_block, stored_block
+from blocks.reference import NAMED, load_block, stored_block
 from tasks.alerts import Notifier, NotifyParameters, place
 from tasks.incidents import Alarm, Bulletin, Change, Level
 
@@ -29,6 +29,7 @@ _HELD = 50
 
 RoutingRef = Annotated[
     PagerDutyRouting | str,
+    NAMED,
     # In a form and in a deployment it is the name; the key belongs into a block.
     WithJsonSchema({"type": "string", "description": "Name of a saved PagerDuty Routing block."}),
 ]

@@ -25,7 +25,7 @@ from pydantic import (
 
 from blocks.fields import check_base_url
 from blocks.http import NotFoundError, VendorError
-from blocks.reference import block_name, load_block
+from blocks.reference import NAMED, UNSAVED, block_name, load_block
 from tasks.alerts import Notifier, NotifyParameters, place
 from tasks.incidents import Alarm, Bulletin, Change, Happened
 from tasks.slack_api import SlackChat, post_webhook
@@ -36,11 +36,13 @@ _API = "https://slack.com/api/"
 
 WebhookRef = Annotated[
     SlackWebhook | str,
+    NAMED,
     # In a form and in a deployment it is the name; the URL is the credential and belongs into a block.
     WithJsonSchema({"type": "string", "description": "Name of a saved Slack Incoming Webhook block."}),
 ]
 CredentialsRef = Annotated[
     SlackCredentials | str,
+    NAMED,
     WithJsonSchema({"type": "string", "description": "Name of a saved Slack Credentials block."}),
 ]
 
@@ -135,7 +137,7 @@ class SlackChannel(_SlackNotify):
 
 
 def _name(block: Any, kind: type[SlackWebhook | SlackCredentials]) -> str:
-    return block_name(block, kind) or "(a block that is not saved)"
+    return block_name(block, kind) or UNSAVED
 
 
 def _due(change: Change, remind: float) -> bool:

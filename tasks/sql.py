@@ -11,18 +11,19 @@ from pydantic import PlainSerializer, WithJsonSchema
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from blocks.reference import block_name, load_block
+from blocks.reference import NAMED, UNSAVED, block_name, load_block
 
 T = TypeVar("T")
 
 
 def _by_name(database: SqlAlchemyConnector | str) -> str:
     # What is stored with a flow run must hold no secret, and the block's URL is plain text.
-    return block_name(database, SqlAlchemyConnector) or "(a block that is not saved)"
+    return block_name(database, SqlAlchemyConnector) or UNSAVED
 
 
 DatabaseRef = Annotated[
     SqlAlchemyConnector | str,
+    NAMED,
     PlainSerializer(_by_name, return_type=str),
     # In a form and in a deployment it is the name; instances are for scripts.
     WithJsonSchema({"type": "string", "description": "Name of a saved SQLAlchemy Connector block."}),

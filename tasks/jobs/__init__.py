@@ -21,7 +21,7 @@ from tasks.jobs.model import (
     StreamResult,
 )
 from tasks.jobs.outcome import Cancellation, cancel_job, result_of
-from tasks.jobs.quiet import without_traceback
+from tasks.jobs.quiet import without_parameters, without_traceback
 from tasks.jobs.runner import EventLoopTaskRunner, at_loop_exit, current_interrupt, limit_concurrency
 from tasks.jobs.slots import check_limit
 from tasks.jobs.sweep import Sweep
@@ -74,5 +74,6 @@ __all__ = [
     "tag_run",
     "wait_for_job",
     "watcher_for",
+    "without_parameters",
     "without_traceback",
 ]

@@ -21,7 +21,7 @@ from prefect.logging import get_run_logger
 from prefect_aws import S3Bucket
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 
-from blocks.reference import block_name
+from blocks.reference import NAMED, UNSAVED, block_name
 from blocks.s3 import BucketClient
 from tasks.events import EltEvent, HandedOver, HandOverError, OnceTrigger, hand_over
 from tasks.jobs import tag_run, without_traceback
@@ -43,6 +43,7 @@ class S3Prefix(BaseModel):
 
     bucket: Annotated[
         S3Bucket | str,
+        NAMED,
         WithJsonSchema({"type": "string", "description": "Name of a saved S3 Bucket block."}),
     ] = Field(title="Bucket")
     prefix: str = Field(
@@ -87,7 +88,7 @@ class S3Prefix(BaseModel):
     @field_serializer("bucket")
     def _by_name(self, bucket: S3Bucket | str) -> str:
         # What is stored with a flow run must hold no secret.
-        return block_name(bucket, S3Bucket) or "(a block that is not saved)"
+        return block_name(bucket, S3Bucket) or UNSAVED
 
     @model_validator(mode="after")
     def _can_be_moved(self) -> S3Prefix:

@@ -28,7 +28,7 @@ from prefect_sqlalchemy import SqlAlchemyConnector
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema, field_serializer, model_validator
 from sqlalchemy.exc import SQLAlchemyError
 
-from blocks.reference import block_name, load_block
+from blocks.reference import NAMED, UNSAVED, block_name, load_block
 from tasks.events import EltEvent, HandOverError, OnceTrigger, hand_over
 from tasks.jobs import tag_run, without_traceback
 from tasks.looking.events import bounded
@@ -85,13 +85,14 @@ class WatchedRows(Rows):
     )
     database: Annotated[
         SqlAlchemyConnector | str,
+        NAMED,
         WithJsonSchema({"type": "string", "description": "Name of a saved SQLAlchemy Connector block."}),
     ] = Field(title="Database")
 
     @field_serializer("database")
     def _by_name(self, database: SqlAlchemyConnector | str) -> str:
         # What is stored with a flow run must hold no secret, and the block's URL is plain text.
-        return block_name(database, SqlAlchemyConnector) or "(a block that is not saved)"
+        return block_name(database, SqlAlchemyConnector) or UNSAVED
 
 
 class Value(BaseModel):

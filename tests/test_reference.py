@@ -1,0 +1,96 @@
+"""Blocks by name: what can't be a name is refused, and is told to nobody."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+from prefect.exceptions import ParameterTypeError
+from prefect_slack import SlackWebhook
+from pydantic import TypeAdapter, ValidationError
+
+from blocks import PagerDutyRouting
+from blocks.reference import UNSAVED, BlockNotFound, load_block
+from flows import elt_chain, sync_connections
+from flows.parameters import GateCheck, Notify, OwnStep, Sync, Transform
+from tasks.slack import SlackNotify
+
+SECRET = "sEcReT0123456789"  # noqa: S105 - stands for one
+URL = f"https://hooks.slack.com/services/T0/B0/{SECRET}"
+
+WAYS: list[tuple[Any, dict[str, Any], str]] = [
+    (Notify, {"tool": "slack"}, "webhook"),
+    (Notify, {"tool": "slack-channel", "channel": "#data"}, "credentials"),
+    (Notify, {"tool": "pagerduty"}, "routing"),
+    (Sync, {"tool": "airbyte", "connection_id": "00000000-0000-4000-8000-000000000001"}, "server"),
+    (Sync, {"tool": "fivetran", "connection_id": "abc"}, "credentials"),
+    (Sync, {"tool": "http-job"}, "job"),
+    (Transform, {"tool": "dbt-cloud", "job_id": "1"}, "credentials"),
+    (GateCheck, {"tool": "sql", "query": "SELECT 1", "at_least": 1}, "database"),
+    (OwnStep, {"tool": "sql", "statements": ["SELECT 1"]}, "database"),
+]
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize(("kind", "rest", "field"), WAYS, ids=[f"{way[1]['tool']}" for way in WAYS])
+@pytest.mark.parametrize("given", [URL, SECRET, f"{SECRET}@host/db", f"on call {SECRET}"])
+def test_what_can_be_no_name_is_refused_and_not_repeated(
+    kind: Any, rest: dict[str, Any], field: str, given: str
+) -> None:
+    """A URL or a key that is pasted where a block's name belongs stays where it is."""
+    with pytest.raises(ValidationError, match="Give the name of a saved block") as refused:
+        TypeAdapter(kind).validate_python({**rest, field: given})
+    (problem,) = refused.value.errors(include_input=False)
+    assert problem["loc"][-1] == field
+    assert SECRET not in problem["msg"]
+
+
+@pytest.mark.no_server
+def test_the_text_of_the_refusal_hides_what_was_given() -> None:
+    """Pitfall: pydantic's own text quotes it."""
+    for fields in ({"webhook": URL}, {"webhook": "on-call", "owners": {"weather": URL}}):
+        with pytest.raises(ValidationError) as refused:
+            SlackNotify(**fields)
+        assert SECRET not in str(refused.value)
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize("name", ["on-call", "2nd", "slack-incoming-webhook/on-call", "-", UNSAVED])
+def test_every_name_that_prefect_permits_is_taken(name: str) -> None:
+    """With the slug of the block's type or without; and what a run's parameters hold of an unsaved block."""
+    assert SlackNotify(webhook=name).webhook == name
+
+
+def test_a_flow_that_refuses_it_repeats_it_nowhere(caplog: pytest.LogCaptureFixture) -> None:
+    """Neither the state nor any log has it; Prefect's own logs all parameters that a flow refuses."""
+    others = {"tool": "pagerduty", "routing": "on-call"}
+    with caplog.at_level(logging.DEBUG):
+        state = sync_connections(
+            syncs=[], notify=[{"tool": "slack", "webhook": URL}, others], return_state=True
+        )
+    assert state.is_failed()
+    assert "Give the name of a saved block" in str(state.message)
+    assert SECRET not in str(state.message)
+    ours = "\n".join(record.getMessage() for record in caplog.records if record.name.startswith("prefect."))
+    assert "Parameter validation failed" in ours
+    assert SECRET not in ours
+    with pytest.raises(ParameterTypeError) as refused:
+        elt_chain.validate_parameters({"syncs": [], "notify": {"tool": "slack", "webhook": URL}})
+    assert SECRET not in str(refused.value)
+
+
+async def test_a_missing_block_is_named_unless_it_may_be_a_key() -> None:
+    """A mistyped name is said; a PagerDuty key could be a name, and is not."""
+    with pytest.raises(BlockNotFound, match="named 'on-cal'"):
+        await load_block(PagerDutyRouting, "on-cal")
+    key = "r0ab1c2d3e4f5061728394a5b6c7d8e9"
+    for given in (key, f"pagerduty-routing/{key}"):
+        with pytest.raises(BlockNotFound, match="of the name that was given") as missing:
+            await load_block(PagerDutyRouting, given)
+        assert key not in str(missing.value)
+    with pytest.raises(BlockNotFound, match="Give the name of a saved block") as missing:
+        await load_block(SlackWebhook, URL)
+    assert SECRET not in str(missing.value)
+    with pytest.raises(BlockNotFound, match="save the block and pass its name"):
+        await load_block(SlackWebhook, UNSAVED)
