@@ -226,6 +226,11 @@ async def tell_waiting(notify: Sequence[Notify], question: Question) -> None:
     await asyncio.gather(*(announce(one, told, log) for one in notify))
 
 
+def fresh_key(key: str) -> str:
+    """That a connection is not fresh is not that its last sync failed: an older one may be new enough."""
+    return f"{key}/fresh"
+
+
 def _wait_key(what: str) -> str:
     return f"prefect/{what}/wait"
 
@@ -270,6 +275,8 @@ def bulletin(
         alarms += [_node_alarm(node, step, level) for node in of_nodes]
         if step.good or of_nodes:  # dbt did run, whatever it found
             fine.append(step.key)
+        if step.kind == "sync" and step.good:
+            fine.append(fresh_key(step.key))
         if step.kind == "approval":  # it is no longer waited for, whatever the answer
             fine.append(_wait_key(step.resource_id))
     fine += [node_key(node.unique_id) for node in nodes if node.state in _WELL]

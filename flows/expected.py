@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.alerts import Telling
+from flows.alerts import Telling, fresh_key
 from flows.fan_out import submit
 from flows.parameters import NotifyList
 from tasks.fresh import last_landed, resource_of
@@ -105,7 +105,7 @@ def expect_fresh(
     found = submit(look_fresh, connections, datetime.now(UTC) - timedelta(hours=hours)).result()
     alarms, fine = [], []
     for one, fresh in zip(connections, found, strict=True):
-        key = f"{one.tool}/{one.connection_id}"
+        key = fresh_key(f"{one.tool}/{one.connection_id}")
         if fresh.landed:
             fine.append(key)
             continue

@@ -229,8 +229,9 @@ def compare(
         wanted: Whether an alarm is to be told; one that is not neither opens nor ends anything.
         several: More alarms than this that are new, for one owner, are one incident.
     """
-    alarms = {mark(alarm.key): alarm for alarm in bulletin.alarms if wanted(alarm)}
-    fine = {mark(key) for key in bulletin.fine}
+    alarms = {mark(key): alarm for key, alarm in _by_key(bulletin.alarms).items() if wanted(alarm)}
+    # Two steps may share a key, such as two calls of one function: if one went wrong it is not well.
+    fine = {mark(key) for key in bulletin.fine} - {mark(alarm.key) for alarm in bulletin.alarms}
     changes: list[Change] = []
     groups: dict[str | None, Change] = {}
     for incident in open_:
@@ -254,6 +255,17 @@ def compare(
             if groups[owner] not in changes:
                 changes.append(groups[owner])
     return changes
+
+
+def _by_key(alarms: Iterable[Alarm]) -> dict[str, Alarm]:
+    """One alarm for each key, with the reasons of all that share it."""
+    found: dict[str, Alarm] = {}
+    for alarm in alarms:
+        first = found.setdefault(alarm.key, alarm)
+        if alarm.reason not in first.reason:
+            both = {"reason": f"{first.reason}; {alarm.reason}", "held": [*first.held, *alarm.held]}
+            found[alarm.key] = first.model_copy(update=both)
+    return found
 
 
 def _change(incident: Incident, ours: list[Alarm], left: list[str], bulletin: Bulletin) -> Change | None:

@@ -61,6 +61,18 @@ def test_what_did_not_run_says_nothing() -> None:
     assert (change.happened, change.incident.key) == (Happened.RECOVERED, "p/airbyte/b")
 
 
+def test_what_is_wrong_is_not_well_at_the_same_time() -> None:
+    """Two steps of one key, such as two gates of rows: while one of them fails the incident lasts."""
+    (opened,) = _compare([], "a", fine=("a",))
+    assert opened.happened is Happened.OPENED
+    (again,) = _compare([_open("a")], "a", fine=("a",))
+    assert (again.happened, again.incident.members) == (Happened.REPEATED, opened.incident.members)
+    assert _compare([_open("a")], "a", fine=("a",), wanted=lambda _: False) == []
+    both = Bulletin(pipeline="p", alarms=[alarm(reason="too few rows"), alarm(reason="too old")])
+    (one,) = compare([], both, to=str)
+    assert one.alarms[0].reason == "too few rows; too old"
+
+
 def test_a_shared_name_shares_failures_and_not_deaths() -> None:
     """A load by hand ends what the nightly one opened, but says nothing of whether that one can begin."""
     night = Bulletin(pipeline="nightly", alarms=[alarm("a"), alarm(key="run")]).under("flights")
@@ -163,7 +175,9 @@ def test_a_report_becomes_alarms() -> None:
     assert told.fine == [
         *OF_RUNS,
         "airbyte/a",
+        "airbyte/a/fresh",
         "airbyte/c",
+        "airbyte/c/fresh",
         "dbt-core/shop",
         "hightouch/2",
         "dbt/model.shop.o",

@@ -116,6 +116,14 @@ def test_not_fresh_by_now(runs: Runs, box: Sandbox) -> None:
 
     until("it is fresh", fresh)
     assert "*airbyte orders* is well again" in box.slack.sent_to("flight-ops")[-1].text
+    # A load that is new enough says nothing of a sync that has failed since then.
+    box.airbyte.set(orders, outcome="fail")
+    failing = {"tool": "airbyte", "server": "airbyte", "connection_id": orders, "owner": "flight-ops"}
+    shared = [notify[0].model_copy(update={"pipeline": "orders"})]
+    sync_connections(syncs=[failing], notify=shared, return_state=True)  # type: ignore[list-item]
+    assert "sync failed" in box.slack.sent_to("flight-ops")[-1].text
+    assert expect_fresh(expected, notify=shared, return_state=True).name == "Completed"
+    assert "sync failed" in box.slack.sent_to("flight-ops")[-1].text
 
 
 @pytest.mark.no_server
