@@ -31,6 +31,9 @@ class Required(BaseModel):
     )
 
 
+# What a run is for. That a gate was open or a step of one's own went well refreshes nothing.
+_WORK = ("sync", "transform", "activation")
+
 AllowFailure = Literal["none", "any"] | AtMost | Required
 """`none`, `any`, `{"at_most": n}` or `{"required": [ids]}`."""
 
@@ -58,7 +61,8 @@ def check_rule(rule: AllowFailure, steps: Iterable[tuple[str, str]]) -> None:
 
 def bears(rule: AllowFailure, steps: Sequence[Step]) -> bool:
     """Whether the rule allows these steps to have ended as they did, given that not all ended well."""
-    if not any(step.good for step in steps):
+    work = [step for step in steps if step.kind in _WORK] or steps
+    if not any(step.good for step in work):
         return False  # to call a run in which nothing was done partially refreshed would be a lie
     match rule:
         case "none":
