@@ -11,6 +11,7 @@ import pytest
 from prefect import flow, task
 from prefect.artifacts import acreate_markdown_artifact
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate
 from prefect.flow_engine import run_flow
 from prefect.futures import PrefectFuture
 from prefect_sqlalchemy import SqlAlchemyConnector
@@ -18,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from flows import RunFailed, StepState, elt_chain
 from flows.gates import check_gate_names
-from sandbox import Sandbox
+from sandbox import Sandbox, catalog
 from tasks.gates import Finding, FreshnessGate, GateCheck, RowsGate, SqlGate, check_gates, look_at_gate
 from tasks.jobs import Entry, EventLoopTaskRunner, InputError, JobResult, JobState
 from tasks.jobs.history import rows_of_earlier_runs
@@ -170,6 +171,9 @@ def test_too_few_rows_do_not_become_usual() -> None:
     name = f"shrunk-{uuid4()}"
     gate, other = RowsGate(share_of_usual=0.5, runs=3), RowsGate(at_least=1, name="at all")
     assert _landed(1000, name, gate) == [[]]
+    with get_client(sync_client=True) as client:  # a journal that nobody can read is in nobody's way
+        broken = ArtifactCreate(key="elt-jobs", type="markdown", data='<!-- journal [{"key": 1}] -->')
+        client._client.post("/artifacts/", json=broken.model_dump(mode="json", exclude_unset=True))
     for _ in range(4):
         (found, nothing) = _landed(10, name, gate, other)
         assert (len(found), nothing) == (1, [])
@@ -281,7 +285,14 @@ def test_a_source_that_is_too_old(box: Sandbox, runs: Runs, tmp_path: Path) -> N
 
 
 def test_a_gate_about_nothing(box: Sandbox, runs: Runs, tmp_path: Path) -> None:
-    """A gate about a connection that is not in the run, or with an unsaved database, starts nothing."""
+    """A gate about a connection that is not in the run, or with an unsaved database, starts nothing.
+
+    An activation is no connection.
+    """
+    activation = str(catalog.SYNCS[0].sync_id)
+    gate = {"tool": "rows", "at_least": 1, "connections": [activation]}
+    state = runs.run(elt_chain, runs.create(elt_chain, _chain(box, tmp_path / "dbt", gates=[gate])))
+    assert f"The gate rows is about {activation}, which is not in this run" in (state.message or "")
     with pytest.raises(InputError, match=r"is about people, which is not in this run. In it are: \."):
         check_gate_names([RowsGate(at_least=1, connections=["people"])], [], None)
     with pytest.raises(InputError, match="needs a transform by dbt-core"):

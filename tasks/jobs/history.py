@@ -16,6 +16,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
+from pydantic import ValidationError
 
 from tasks.jobs.journal import ARTIFACT_KEY, RunJournal, current_journal, entries_of
 from tasks.jobs.model import JobResult, JobState
@@ -95,7 +96,11 @@ class _Search:
         return False
 
     def _take(self, journal: Artifact) -> None:
-        for entry in entries_of(journal):
+        try:
+            entries = entries_of(journal)
+        except ValidationError:
+            return  # somebody broke it, or another version wrote it: of other runs' it only tells rows
+        for entry in entries:
             # The attempts of a run tell of the same syncs; the last one's journal comes first.
             one = (journal.flow_run_id or journal.id, entry.key)
             resource, result = (entry.vendor, entry.resource_id), entry.result
