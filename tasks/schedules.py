@@ -21,6 +21,7 @@ from prefect.runtime import flow_run
 from pydantic import TypeAdapter
 
 from tasks.intervals import DataInterval, Schedule, previous_date
+from tasks.jobs import attempt_of
 
 ARTIFACT_KEY = "data-interval"
 _SCHEDULE: TypeAdapter[Schedule] = TypeAdapter(Schedule)
@@ -38,7 +39,7 @@ async def scheduled_interval() -> DataInterval | None:
         return None
     async with get_client() as client:
         run = await client.read_flow_run(UUID(flow_run.id))
-        kept = await _kept(client, run) if run.run_count > 1 else None
+        kept = await _kept(client, run) if attempt_of(run) > 1 else None
         interval = kept or await _by_schedule(client, run)
     if interval is None:
         logger.info("No schedule has started this run, so it has no data interval.")

@@ -13,9 +13,9 @@ from zoneinfo import ZoneInfo
 import duckdb
 import pytest
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.actions import ArtifactCreate, DeploymentScheduleCreate
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, FlowRunPolicy
 from prefect.client.schemas.schedules import CronSchedule as ClientCron
 from prefect.flow_engine import run_flow
 from prefect.server.schemas.schedules import CronSchedule, IntervalSchedule, RRuleSchedule
@@ -28,6 +28,7 @@ from tasks.dbt_cloud_steps import add_vars
 from tasks.dbt_core import DbtError, DbtInputError, DbtResult
 from tasks.intervals import DataInterval, Unit, covered, fill_in, previous_date, split, zone_of
 from tasks.jobs import InputError
+from tasks.schedules import _text
 from tests.dbt_project import Project
 from tests.flows_fixtures import Runs
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
@@ -276,6 +277,17 @@ def test_a_scheduled_run_and_its_retry(shop: Project, scheduled: FlowRun) -> Non
     again = runs.run(build_project, scheduled.id)
     assert again.is_completed(), again.message
     assert asked(shop) == [(start.isoformat(), end.isoformat())]
+
+
+def test_a_run_that_goes_on_after_its_approval(shop: Project, scheduled: FlowRun) -> None:
+    """It keeps its interval like a retry, although Prefect does not count it as another attempt."""
+    policy = FlowRunPolicy(pause_keys={"approval"})
+    kept = ArtifactCreate(key="data-interval", type="markdown", data=_text(MARCH), flow_run_id=scheduled.id)
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(scheduled.id, empirical_policy=policy)
+        client._client.post("/artifacts/", json=kept.model_dump(mode="json", exclude_unset=True))
+    assert Runs().run(build_project, scheduled.id).is_completed()
+    assert asked(shop) == [tuple(MARCH.vars.values())]
 
 
 def test_a_run_by_hand(shop: Project) -> None:
