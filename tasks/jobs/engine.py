@@ -139,8 +139,10 @@ class _Run(Generic[R]):
         self.starting: asyncio.Task[JobHandle] | None = None  # a start request is under way
         self.maybe_started = False  # a start request of unknown effect was sent
         self.asked: datetime | None = None  # when we set out to send the first such request
+        # Two accounts may know the same id; of two unsaved ones nothing lasting tells which is which.
+        account = f"@{vendor.block}" if vendor.block else ""
         self.entry = Entry(
-            key=journal.key(f"{vendor.name}:{request.operation}:{request.resource_id}"),
+            key=journal.key(f"{vendor.name}:{request.operation}:{request.resource_id}{account}"),
             vendor=vendor.name,
             resource_id=request.resource_id,
             name=request.name,

@@ -51,7 +51,7 @@ class Entry(Intent):
 
     model_config = ConfigDict(frozen=False)
 
-    key: str = Field(description="Vendor, operation, resource; with `#2` and so on for a repeat in one run.")
+    key: str = Field(description="Vendor, operation, resource, block; `#2` for a repeat in one run.")
     vendor: str
     resource_id: str
     name: str
