@@ -19,7 +19,7 @@ from deployments.listen import LISTENERS, main, read_listeners, source_of
 from sandbox.stage import free_port
 from tasks.events import EltEvent, HandedOver, HandOverError, hand_over
 from tasks.looking.kafka import KafkaTopics
-from tasks.looking.listener import BackOff, ListenError, listen
+from tasks.looking.listener import BackOff, Batch, ListenError, SourceAway, listen
 from tasks.looking.notices import CREATED, s3_events
 from tasks.looking.sqs import RECEIVED, SqsQueue, SqsSource
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
@@ -217,6 +217,29 @@ async def test_slow_hand_over_keeps_the_messages(queue: Queue, target: Target) -
 
     await listened(queue.settings(visibility=2), target, lambda: queue.left() == 0, slow)
     assert seen == [0] * 10
+
+
+@pytest.mark.no_server
+async def test_messages_are_kept_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQS away for a moment is no end of the keeping: it is tried again before their time is up."""
+    tries: list[float] = []
+    enough = asyncio.Event()
+
+    async def prolong(_: SqsSource, batch: Batch, seconds: int) -> None:
+        tries.append(seconds)
+        if len(tries) == 3:
+            enough.set()
+        if len(tries) < 3:
+            raise SourceAway("SQS can't be reached.")
+
+    monkeypatch.setattr(SqsSource, "_visible_in", prolong)
+    settings = SqsQueue.model_construct(name="orders", queue="orders", visibility=1)
+    keeping = asyncio.create_task(SqsSource(settings).keep(Batch([], receipt=[])))
+    waiting = asyncio.create_task(enough.wait())
+    await asyncio.wait([keeping, waiting], timeout=60, return_when=asyncio.FIRST_COMPLETED)
+    keeping.cancel()
+    waiting.cancel()
+    assert tries[:3] == [1, 1, 1]
 
 
 async def test_stopped_gives_messages_back(queue: Queue, target: Target) -> None:

@@ -10,6 +10,7 @@ Vendor documentation: https://docs.aws.amazon.com/AWSSimpleQueueService/latest/A
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable
@@ -140,7 +141,8 @@ class SqsSource:
         """Keep the messages from other readers, again and again, before their time is up."""
         while True:
             await asyncio.sleep(self._settings.visibility / 3)
-            await self._visible_in(batch, self._settings.visibility)
+            with contextlib.suppress(SourceAway):  # there are two more times before it is up
+                await self._visible_in(batch, self._settings.visibility)
 
     async def done(self, batch: Batch) -> None:
         """Delete the messages.
