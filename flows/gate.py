@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from flows.report import Step, node_key
-from tasks.dbt.lineage import LineageNode, listed
+from tasks.dbt.lineage import TESTS, Lineage, LineageNode, listed
 from tasks.dbt.model import DbtNode, DbtPlan, DbtState
 from tasks.gates import SOURCE, Finding
 from tasks.jobs import Checked, JobResult, JobState, Parameters
@@ -32,6 +32,7 @@ class Gate:
     findings: Sequence[Finding] = field(default=(), init=False)
     failed_nodes: list[str] = field(default_factory=list)
     skipped_nodes: list[str] = field(default_factory=list)
+    untested: list[str] = field(default_factory=list)
     transform_trouble: str | None = None
     transform_key: str | None = None
 
@@ -131,6 +132,24 @@ class Gate:
         self.skipped_nodes = [
             n.unique_id for n in nodes if n.state is DbtState.SKIPPED and n.resource_type in _BUILT
         ]
+        # A test that was skipped though all that it reads was built: dbt stopped (`fail_fast`) before it came
+        # to it, and nothing speaks for what it tests.
+        skipped = {n.unique_id for n in nodes if n.state is DbtState.SKIPPED}
+        lineage = self.plan.lineage if self.plan else Lineage({})
+        self.untested = [
+            n.unique_id
+            for n in nodes
+            if n.state is DbtState.SKIPPED
+            and n.resource_type in TESTS
+            and not skipped.union(self.failed_nodes).intersection(lineage.parents(n.unique_id))
+        ]
+
+    @property
+    def tainted(self) -> set[str]:
+        """The dbt nodes that must not be trusted after the transform."""
+        if self.plan is None:
+            return set()
+        return self.plan.lineage.tainted([*self.failed_nodes, *self.untested], self.skipped_nodes)
 
     def exposures_of(self, activation: Parameters) -> list[LineageNode]:
         """The dbt exposures that stand for an activation."""
@@ -148,7 +167,7 @@ class Gate:
             return self.transform_trouble
         lineage = self.plan.lineage
         if exposures := self.exposures_of(activation):
-            tainted = lineage.tainted(self.failed_nodes, self.skipped_nodes)
+            tainted = self.tainted
             reasons = (
                 lineage.why_held(exposure, self.late_sources, tainted, what=self._what)
                 for exposure in exposures

@@ -95,8 +95,7 @@ class _Look:
                     self.by_exposure[exposure.unique_id] = step
         self.states: Mapping[str, DbtState] = {node.unique_id: node.state for node in nodes}
         late = self.lineage.downstream(gate.late_sources)
-        tainted = self.lineage.tainted(gate.failed_nodes, gate.skipped_nodes)
-        self.doubtful = late | tainted
+        self.doubtful = late | gate.tainted
 
     def box(self, unique_id: str) -> tuple[str, str]:
         node = self.lineage.nodes[unique_id]

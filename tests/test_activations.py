@@ -13,8 +13,8 @@ from flows.gate import Gate
 from sandbox import Sandbox
 from tasks.census import CensusSync
 from tasks.dbt.lineage import Lineage
-from tasks.dbt.model import DbtPlan
-from tasks.hightouch import HightouchSequence
+from tasks.dbt.model import DbtNode, DbtPlan, DbtState
+from tasks.hightouch import HightouchSequence, HightouchSync
 from tasks.jobs import JobResult, JobState
 from tests.flows_fixtures import Runs, box, runs, sources, sync_parameters, two_models
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
@@ -24,16 +24,18 @@ __all__ = ["box", "collected", "runs", "sources"]
 pytestmark = [*PREFECTS_SOCKETS, pytest.mark.usefixtures("warm_dbt")]
 
 
-def node(name: str, *parents: str, **meta: Any) -> dict[str, Any]:
-    return {"name": name, "depends_on": {"nodes": list(parents)}, "config": {"meta": meta}}
+def node(name: str, *parents: str, attached_node: str | None = None, **meta: Any) -> dict[str, Any]:
+    depends_on = {"nodes": list(parents)}
+    return {"name": name, "depends_on": depends_on, "config": {"meta": meta}, "attached_node": attached_node}
 
 
 def plan() -> DbtPlan:
-    """Two models, an exposure of each; a Census sync behind one and a sequence behind both."""
+    """Two models; a Hightouch sync is behind an exposure of one, Census syncs of one, a sequence of both."""
     manifest = {
         "nodes": {"model.x.a": node("a"), "model.x.b": node("b")},
         "exposures": {
             "exposure.x.a": node("a", "model.x.a", hightouch_sequence_id=7),
+            "exposure.x.only_a": node("only_a", "model.x.a", hightouch_sync_id=9),
             "exposure.x.b": node("b", "model.x.b", census_sync_id=[401, 402], hightouch_sequence_id="7"),
         },
     }
@@ -63,6 +65,35 @@ def test_an_activation_behind_several_exposures() -> None:
     assert gate.why_not_activate(census[0]) is None
     assert gate.causes_of(sequence) == gate.causes_of() != []
     assert gate.causes_of(census[0]) == []
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize(
+    ("a", "b", "held"),
+    [
+        (DbtState.SUCCESS, DbtState.SUCCESS, True),
+        (DbtState.SUCCESS, DbtState.SKIPPED, False),
+        (DbtState.SUCCESS, DbtState.ERROR, False),
+    ],
+)
+def test_a_test_that_was_left_out(a: DbtState, b: DbtState, held: bool) -> None:
+    """With `fail_fast` dbt skips tests of what it has built: an activation does not go out on that.
+
+    A test that is skipped because another node that it reads was not built says nothing.
+    """
+    known = plan()
+    both = node("both", "model.x.a", "model.x.b", attached_node="model.x.a")
+    lineage = Lineage.from_manifest({"nodes": {"test.x.both": both}}).nodes | known.lineage.nodes
+    gate = Gate(known.model_copy(update={"lineage": Lineage(lineage)}), [], [])
+    states = {"model.x.a": a, "model.x.b": b, "test.x.both": DbtState.SKIPPED}
+    gate.built(
+        [
+            DbtNode(unique_id=id_, name=id_, resource_type=id_.split(".", maxsplit=1)[0], state=state)
+            for id_, state in states.items()
+        ]
+    )
+    on_a = HightouchSync(credentials="x", sync_id="9")
+    assert gate.why_not_activate(on_a) == ("a did not build cleanly" if held else None)
 
 
 @pytest.mark.no_server
