@@ -25,11 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from prefect.exceptions import ParameterTypeError
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from blocks.fields import OWNER_TAG
-from deployments.check_dbt import DbtProject, Failed, requests_of
+from deployments.check_dbt import DbtProject, Failed
+from deployments.environments import DeployError, load_yaml
+from flows.elt import elt_chain
+from flows.narrowing import approval_of_part, gate_of_part, rule_of_part
 from tasks.dbt.lineage import Lineage
+from tasks.dbt.model import DbtCore
 from tasks.jobs import Parameters
 from tasks.tools import TOOLS
 
@@ -87,7 +92,13 @@ def declared_pipelines(lineage: Lineage, variables: dict[str, Any]) -> list[Pipe
                     nodes=frozenset(lineage.upstream([node.unique_id]) | {node.unique_id}),
                 )
             )
-    for tag, entry in sorted((variables.get("pipelines") or {}).items()):
+    tags = variables.get("pipelines") or {}
+    if not isinstance(tags, dict):
+        raise Failed(
+            "vars.pipelines of dbt_project.yml has to say for each tag what its pipeline is like: "
+            "`pipelines: {finance: {cron: …}}`, or `{finance: }` for one without a schedule"
+        )
+    for tag, entry in sorted(tags.items()):
         declared = _declaration(entry, f"vars.pipelines.{tag} of dbt_project.yml")
         tagged = {node.unique_id for node in lineage.nodes.values() if tag in node.tags}
         if not any(lineage.nodes[id_].resource_type == "model" for id_ in tagged):
@@ -118,15 +129,13 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
     """The deployment of a pipeline.
 
     Raises:
-        Failed: No connection of the base feeds it.
+        Failed: No connection of the base feeds it, or the base can't be one.
     """
-    parameters = dict(base["parameters"])
+    whole = _understood(base)
     # They are written down as the base has them, and understood as its flow understands them.
-    feeding = [
-        (written, sync)
-        for written, sync in zip(parameters["syncs"], requests_of(base, "syncs"), strict=True)
-        if _feeds(sync, pipeline, lineage)
-    ]
+    parameters = dict(base["parameters"])
+    syncs = list(zip(parameters["syncs"], whole["syncs"], strict=True))
+    feeding = [(written, sync) for written, sync in syncs if _feeds(sync, pipeline, lineage)]
     if not feeding:
         raise Failed(f"no connection of the deployment {base['name']} feeds {pipeline.select}")
     below = {
@@ -135,14 +144,16 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
         if exposure.parents and set(exposure.parents) <= pipeline.nodes
     } | pipeline.nodes
     parameters["syncs"] = [written for written, _ in feeding]
-    parameters["transform"] = {**parameters["transform"], "select": [pipeline.select]}
-    parameters["activations"] = [
-        written
-        for written, activation in zip(
-            parameters.get("activations") or (), requests_of(base, "activations"), strict=True
-        )
-        if _stands_on(activation, below, lineage)
-    ]
+    transform = {name: value for name, value in parameters["transform"].items() if name != "selector"}
+    parameters["transform"] = {**transform, "select": [pipeline.select]}
+    activations = list(zip(parameters.get("activations") or (), whole["activations"], strict=True))
+    hanging = [(written, one) for written, one in activations if _stands_on(one, below, lineage)]
+    parameters["activations"] = [written for written, _ in hanging]
+    _narrow(parameters, whole, [one for _, one in feeding], [one for _, one in hanging])
+    try:
+        elt_chain.validate_parameters(parameters)
+    except ParameterTypeError as error:
+        raise Failed(f"{pipeline.name} can't be made from the deployment {base['name']}: {error}") from None
     models = sorted(
         lineage.nodes[id_].name for id_ in pipeline.nodes if lineage.nodes[id_].resource_type == "model"
     )
@@ -152,12 +163,74 @@ def deployment(pipeline: Pipeline, lineage: Lineage, base: dict[str, Any]) -> di
         "description": _description(pipeline, [sync for _, sync in feeding], models),
         "tags": ["elt", "pipeline", *([f"{OWNER_TAG}{pipeline.owner}"] if pipeline.owner else [])],
         "work_pool": base["work_pool"],
-        "concurrency_limit": base["concurrency_limit"],
     }
+    if "concurrency_limit" in base:
+        entry["concurrency_limit"] = base["concurrency_limit"]
     if pipeline.declared.cron:
         schedule = {"cron": pipeline.declared.cron, "timezone": pipeline.declared.timezone}
         entry["schedules"] = [{"slug": "declared", **schedule}]
     return {**entry, "parameters": parameters}
+
+
+def _understood(base: dict[str, Any]) -> dict[str, Any]:
+    """The parameters of the base as its flow understands them, with its defaults.
+
+    Raises:
+        Failed: It is no deployment of elt-chain, builds with something else than dbt Core, or is wrong.
+    """
+    name, written = base.get("name"), base.get("parameters") or {}
+    if not str(base.get("entrypoint")).replace(":", ".").endswith(f".{elt_chain.fn.__name__}"):
+        raise Failed(
+            f"the deployment {name} runs {base.get('entrypoint')}: the base has to be one of elt_chain"
+        )
+    try:
+        found = elt_chain.validate_parameters(written)
+    except ParameterTypeError as error:
+        raise Failed(f"the parameters of the deployment {name} do not fit its flow: {error}") from None
+    if not isinstance(found.get("transform"), DbtCore):
+        raise Failed(
+            f"the deployment {name} has no transform by dbt-core, so no pipeline can be made from it"
+        )
+    return {"activations": [], **found}
+
+
+def _narrow(
+    parameters: dict[str, Any],
+    whole: dict[str, Any],
+    syncs: list[Parameters],
+    activations: list[Parameters],
+) -> None:
+    """Take out of gates, rule and approval what the pipeline does not have, or its runs would be refused.
+
+    What the base names and nobody here knows may be of a selection, or a name that only the vendor knows: it
+    stays, and a run says it.
+    """
+    kept = _named([*syncs, *activations])
+    gone = _named([*whole["syncs"], *whole["activations"]]) - kept
+
+    def has(name: str) -> bool:
+        return name not in gone
+
+    if parameters.get("gates"):
+        gates = [gate_of_part(gate, has, whole["transform"]) for gate in whole["gates"]]
+        parameters["gates"] = [
+            {**written, "connections": list(gate.connections)} if gate.connections else written
+            for written, gate in zip(parameters["gates"], gates, strict=True)
+            if gate
+        ]
+    if isinstance(parameters.get("allow_failure"), dict):
+        rule = rule_of_part(whole["allow_failure"], has)
+        parameters["allow_failure"] = rule if isinstance(rule, str) else rule.model_dump()
+    if parameters.get("approval"):
+        approval = approval_of_part(whole["approval"], activations)  # type: ignore[arg-type]  # of elt_chain
+        if approval is None:
+            del parameters["approval"]
+        elif approval != whole["approval"]:
+            parameters["approval"] = {**parameters["approval"], "before": list(approval.before)}
+
+
+def _named(requests: list[Parameters]) -> set[str]:
+    return {text for request in requests for text in (request.resource_id, request.label)}
 
 
 def _feeds(sync: Parameters, pipeline: Pipeline, lineage: Lineage) -> bool:
@@ -193,17 +266,24 @@ def write(project: Path, prefect_file: Path, base_name: str) -> str:
     Raises:
         Failed: The project does not parse, a declaration is wrong, or there is no such base.
     """
+    try:
+        settings = load_yaml(prefect_file)
+    except DeployError as error:
+        raise Failed(str(error)) from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("deployments"), list):
+        raise Failed(f"{prefect_file} has no deployments")
+    if not (project / "dbt_project.yml").is_file():
+        raise Failed(f"there is no {project / 'dbt_project.yml'}")
     with tempfile.TemporaryDirectory() as target:
         parsed = DbtProject(project, Path(target))
         parsed.parse()
-    settings = yaml.safe_load(prefect_file.read_text())
-    base = next((entry for entry in settings["deployments"] if entry["name"] == base_name), None)
+    base = next((entry for entry in settings["deployments"] if entry.get("name") == base_name), None)
     if base is None:
         raise Failed(f"{prefect_file} has no deployment {base_name}")
-    variables = yaml.safe_load((project / "dbt_project.yml").read_text()).get("vars") or {}
+    variables = load_yaml(project / "dbt_project.yml").get("vars") or {}
     pipelines = declared_pipelines(parsed.lineage, variables)
     document = {
-        **{key: settings[key] for key in ("name", "prefect-version", "pull")},
+        **{key: settings[key] for key in ("name", "prefect-version", "pull") if key in settings},
         "deployments": [deployment(pipeline, parsed.lineage, base) for pipeline in pipelines],
     }
     return _HEADER + yaml.dump(document, Dumper=_Dumper, sort_keys=False, width=110, allow_unicode=True)

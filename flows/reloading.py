@@ -12,10 +12,12 @@ from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from flows.approval import Approval
 from flows.elt import elt_chain
 from flows.fan_out import Checking, submit
 from flows.intervals import DataInterval
-from flows.parameters import Activation, GateCheck, Notify, Sync, Transform
+from flows.narrowing import approval_of_part, gate_of_part, needs_interval
+from flows.parameters import Activation, GateCheck, Notify, OwnStep, Sync, Transform
 from tasks.airbyte import AirbyteSync
 from tasks.dbt.choice import words
 from tasks.dbt.lineage import Lineage, LineageNode
@@ -38,6 +40,9 @@ class Pipeline(BaseModel):
     transform: Transform | None = None
     activations: list[Activation] = []
     gates: list[GateCheck] = []
+    before: list[OwnStep] = []
+    after: list[OwnStep] = []
+    approval: Approval | None = None
     notify: list[Notify] = []
     max_concurrency: int = 100
 
@@ -129,16 +134,29 @@ def narrowed(
     if left_out:
         get_run_logger().info("Not below %s, so not run: %s", sync.label, ", ".join(left_out))
     mine = {sync.resource_id, sync.label, found.request.label}
+    gates = [gate_of_part(gate, mine.__contains__, transform) for gate in whole.gates]
     return whole.model_copy(
         update={
             "syncs": [sync],
             "transform": transform,
             "activations": activations,
-            "gates": [gate for gate in whole.gates if not gate.connections or mine & set(gate.connections)],
+            "gates": [gate for gate in gates if gate],
+            "before": _for_interval(whole.before, interval),
+            "after": _for_interval(whole.after, interval),
+            "approval": approval_of_part(whole.approval, activations),
             "allow_failure": "none",
             "data_interval": interval or "none",
         }
     )
+
+
+def _for_interval(steps: Sequence[OwnStep], interval: DataInterval | None) -> list[OwnStep]:
+    """The steps that can be run with this interval, or without one."""
+    left_out = [] if interval else [step for step in steps if needs_interval(step)]
+    if left_out:
+        names = ", ".join(step.label for step in left_out)
+        get_run_logger().warning("Not run, as they need a data interval and this run has none: %s", names)
+    return [step for step in steps if step not in left_out]
 
 
 def _one(checked: Sequence[Checked[Any]], connection: str) -> Checked[Any]:
@@ -239,7 +257,11 @@ def _building(
     if isinstance(transform, DbtCore):
         select = _words(transform, lineage, sources, wanted)
         chosen = {"select": select, "selector": None, "full_refresh": full_refresh}
-        return transform.model_copy(update=chosen)
+        try:
+            return DbtCore.model_validate({**transform.model_dump(), **chosen})
+        except ValidationError as error:
+            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
+            raise InputError(f"{reason.removeprefix('Value error, ')} Nothing was started.") from None
     step = ["dbt build", *(["--full-refresh"] if full_refresh else []), "--select", *_below(lineage, sources)]
     overrides = transform.overrides.model_copy(update={"steps_override": [" ".join(step)]})
     return transform.model_copy(update={"overrides": overrides})

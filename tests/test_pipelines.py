@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -130,11 +131,101 @@ def test_a_job_that_has_no_number() -> None:
     assert deployment(pipeline, graph, base)["parameters"]["activations"] == jobs[1:]
 
 
+def test_what_names_something_else_stays_behind() -> None:
+    """Gates, rule, approval and selector of the base are narrowed as its connections are."""
+    graph = lineage()
+    graph.nodes["exposure.books"].meta.pop("hightouch_sync_id")
+    (pipeline,) = declared_pipelines(graph, {})
+    base = based(
+        transform={**BASE["parameters"]["transform"], "selector": "nightly"},
+        gates=[
+            {"tool": "rows", "at_least": 1, "connections": [A, B]},
+            {"tool": "rows", "at_least": 2, "connections": [B]},
+            {"tool": "rows", "at_least": 3},
+            {"tool": "freshness", "connections": ["orders, as Airbyte calls it"]},
+        ],
+        allow_failure={"required": [A, B, "1"]},
+        approval={"before": ["load", "activations"], "timeout": 60},
+    )
+    parameters = deployment(pipeline, graph, base)["parameters"]
+    assert parameters["activations"] == []
+    assert parameters["gates"] == [
+        {"tool": "rows", "at_least": 1, "connections": [A]},
+        {"tool": "rows", "at_least": 3},
+        {"tool": "freshness", "connections": ["orders, as Airbyte calls it"]},
+    ]
+    assert parameters["allow_failure"] == {"required": [A]}
+    assert parameters["approval"] == {"before": ["load"], "timeout": 60}
+    assert parameters["transform"]["select"] == ["+exposure:books"]
+    assert "selector" not in parameters["transform"]
+    elt_chain.validate_parameters(parameters)
+    base = based(allow_failure={"required": [B]}, approval={"before": ["activations"]})
+    parameters = deployment(pipeline, graph, base)["parameters"]
+    assert parameters["allow_failure"] == "none"
+    assert "approval" not in parameters
+
+
+def based(**parameters: Any) -> dict[str, Any]:
+    return {**BASE, "parameters": {**BASE["parameters"], **parameters}}
+
+
+def test_a_base_without_a_limit() -> None:
+    """Then its pipelines have none, either."""
+    graph = lineage()
+    (pipeline,) = declared_pipelines(graph, {})
+    base = {key: value for key, value in BASE.items() if key != "concurrency_limit"}
+    assert "concurrency_limit" not in deployment(pipeline, graph, base)
+
+
+@pytest.mark.parametrize(
+    ("base", "says"),
+    [
+        ({**BASE, "entrypoint": "flows.ingest.sync_connections"}, "the base has to be one of elt_chain"),
+        (based(transform=None), "the deployment base has no transform by dbt-core"),
+        (based(syncs="all"), "the parameters of the deployment base do not fit its flow: .*syncs"),
+        (based(transform={**BASE["parameters"]["transform"], "command": "sing"}), "transform"),
+    ],
+)
+def test_what_can_be_no_base(base: dict[str, Any], says: str) -> None:
+    """It is said what is wrong about it."""
+    graph = lineage()
+    (pipeline,) = declared_pipelines(graph, {})
+    with pytest.raises(Failed, match=re.compile(says, re.DOTALL)):
+        deployment(pipeline, graph, base)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (None, "there is no .*other.yaml"),
+        ("deployments: [", "is no YAML"),
+        ("name: x", "has no deployments"),
+        ("deployments: [{name: by-hand}]", "has no deployment flights"),
+    ],
+)
+def test_a_file_that_can_not_be_used(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    says: str,
+) -> None:
+    """A line, and no traceback."""
+    file = tmp_path / "other.yaml"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(pipelines.DbtProject, "parse", lambda _: "")
+    monkeypatch.chdir(ROOT)
+    assert pipelines.main(["--prefect-file", str(file), "--output", str(tmp_path / "out.yaml")]) == 1
+    assert re.search(f"^✗ .*{says}", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("pipeline", "variables", "says"),
     [
         ({"cron": "0 7 * * *", "time_zone": "UTC"}, {}, r"meta.pipeline of exposure books: time_zone: Extra"),
         ("daily", {}, r"meta.pipeline of exposure books: Input should be"),
+        (True, {"pipelines": ["finance"]}, "has to say for each tag what its pipeline is like"),
         (True, {"pipelines": {"finnance": {}}}, "the tag finnance, which is on no model"),
         (True, {"pipelines": {"finance": {"cron": 7}}}, "vars.pipelines.finance of dbt_project.yml: cron"),
     ],

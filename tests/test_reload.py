@@ -113,6 +113,12 @@ def pipeline(box: Sandbox, shop: Project, deployed: dict[str, Any]) -> Project:
     return shop
 
 
+def set_parameters(parameters: dict[str, Any]) -> None:
+    """Of the deployment."""
+    with get_client(sync_client=True) as client:
+        client.update_deployment(deployment_of("small").id, DeploymentUpdate(parameters=parameters))
+
+
 def one_at_a_time(limit: int = 1) -> DeploymentResponse:
     """The deployment, with a limit."""
     with get_client(sync_client=True) as client:
@@ -240,6 +246,35 @@ def test_incremental_keeps_what_is_there(box: Sandbox, pipeline: Project) -> Non
     assert after["planes"] == before["planes"]
     assert after["counted"] != before["counted"]
     assert after["airlines"] == before["airlines"]
+
+
+def test_what_goes_with_a_part(
+    box: Sandbox, pipeline: Project, deployed: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Gates about other connections too, an approval and a freshness gate of what is not below, and steps
+    that need an interval: the reload of a pipeline with all of these is not refused.
+    """
+    meta = f"config: {{meta: {{airbyte_connection_id: {IDS['airports']}}}}}"
+    source = f"{{name: fields, schema: raw_airports, {meta}, tables: [{{name: airports}}]}}"
+    pipeline.write("models/fields.yml", f"sources: [{source}]")
+    rows = {"tool": "rows", "at_least": 1}
+    by_day = "delete from days where day >= '{{ data_interval_start }}'"
+    more = {
+        "syncs": sync_parameters("planes", "airlines", "airports"),
+        "gates": [{**rows, "connections": ["planes", "airports"]}, {**rows, "connections": ["airlines"]}],
+        "before": [{"tool": "sql", "name": "by day", "database": "warehouse", "statements": [by_day]}],
+        "allow_failure": {"required": ["planes"]},
+    }
+    asked = {"approval": {"before": ["activations"]}, "gates": [*more["gates"], {"tool": "freshness"}]}
+    set_parameters({**deployed, **more})
+    report = reload("planes", pipeline="small")
+    assert report.complete, report.message
+    assert [step.name for step in report.steps if step.kind == "gate"] == ["rows"]
+    assert "Not run, as they need a data interval and this run has none: by day" in caplog.text
+    set_parameters({**deployed, **more, **asked})
+    report = reload("airports", pipeline="small")  # nothing is built of it, and nothing activated
+    assert report.complete, report.message
+    assert [step.kind for step in report.steps] == ["sync", "gate"]
 
 
 @pytest.mark.parametrize("prefix", ["dev.", "dev-", "my-branch."])
