@@ -1,4 +1,11 @@
-"""Blocks by name: a flow takes a block or the name of a saved one."""
+"""Blocks by name: a flow takes a block or the name of a saved one.
+
+What can be wrong with it:
+
+- `BlockError`
+  - `BlockNotFound`: none of this name is saved
+  - `BlockUnusable`: it is saved, and not filled in as its type needs it
+"""
 
 from __future__ import annotations
 
@@ -11,7 +18,7 @@ from weakref import WeakKeyDictionary
 
 from prefect.blocks.core import Block
 from prefect.client.orchestration import get_client
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, ValidationError
 
 from blocks.fields import MASKED_GUIDANCE
 
@@ -33,8 +40,16 @@ class NamesBlock:
     slug: str
 
 
-class BlockNotFound(ValueError):
+class BlockError(ValueError):
+    """A block can't be had by this name. The message is for people and holds no secret."""
+
+
+class BlockNotFound(BlockError):
     """There is no saved block of this name."""
+
+
+class BlockUnusable(BlockError):
+    """The saved block of this name is not filled in as its type needs it."""
 
 
 # What Prefect takes for the name of a block, and before it the slug of its type.
@@ -70,6 +85,7 @@ async def load_block(kind: type[BlockT], reference: BlockT | str) -> BlockT:
 
     Raises:
         BlockNotFound: With the names that are saved. What can't be a name, or may be a key, is not repeated.
+        BlockUnusable: It is not filled in as it must be.
     """
     if isinstance(reference, kind):
         return reference
@@ -103,8 +119,28 @@ async def _load(kind: type[BlockT], name: str) -> BlockT:
             others = f"Saved are: {', '.join(sorted(saved))}." if saved else "None is saved yet."
             called = "of the name that was given" if _may_be_key(name) else f"named {name!r}"
             raise BlockNotFound(f"There is no {kind.get_block_type_name()} block {called}. {others}")
-        block: BlockT = await kind.aload(name, client=client)
+        try:
+            block: BlockT = await kind.aload(name, client=client)
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, ValidationError):
+                raise
+            # Prefect's own advice is to load it without validation, which helps nobody here.
+            raise BlockUnusable(
+                f"The {kind.get_block_type_name()} block {name!r} can't be used: "
+                f"{_wrong_fields(kind, error.__cause__)}. Mend it in Prefect, under Blocks."
+            ) from None
         return block
+
+
+def _wrong_fields(kind: type[Block], refused: ValidationError) -> str:
+    ours = kind.__module__.partition(".")[0] == __name__.partition(".")[0]
+    wrong: dict[str, None] = {}  # without repeats, in their order
+    for one in refused.errors(include_url=False, include_input=False, include_context=False):
+        field = ".".join(str(step) for step in one["loc"]) or "its fields"
+        # What the checks of other packages' blocks say may quote the secret that they refuse.
+        said = one["msg"] if ours or one["type"] not in ("value_error", "assertion_error") else "Not valid"
+        wrong[f"{field}: {said.removeprefix('Value error, ').rstrip('.')}"] = None
+    return "; ".join(wrong)
 
 
 def _may_be_key(name: str) -> bool:

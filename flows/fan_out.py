@@ -14,7 +14,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, Failed
 
 from blocks.http import VendorError
-from blocks.reference import BlockNotFound
+from blocks.reference import BlockError
 from flows.report import EltReport, Report, Step, SyncReport
 from flows.rules import AllowFailure, bears
 from tasks.dbt_core import DbtError
@@ -32,7 +32,7 @@ from tasks.jobs.attempt import end_if_superseded
 from tasks.limits import check_limits
 from tasks.tools import TOOLS
 
-KNOWN_ERRORS = (InputError, VendorError, BlockNotFound, DbtError)
+KNOWN_ERRORS = (InputError, VendorError, BlockError, DbtError)
 """What a check can find: said in one sentence, without a traceback."""
 
 R = TypeVar("R", bound=Report)

@@ -24,7 +24,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from blocks.http import VendorError
-from blocks.reference import BlockNotFound, block_name
+from blocks.reference import BlockError, block_name
 from tasks.incidents import SEVERAL, Alarm, Bulletin, Change, Happened, compare
 from tasks.jobs import ToolParameters, without_traceback
 from tasks.memory import Memory, variable_memory
@@ -65,7 +65,7 @@ class Notifier(Protocol):
             patience: Seconds.
 
         Raises:
-            VendorError, BlockNotFound: The problem of all changes that are not marked.
+            VendorError, BlockError: The problem of all changes that are not marked.
         """
 
 
@@ -268,7 +268,7 @@ class _Round:
 
 def _words(error: BaseException) -> str:
     """An error as it may stand in a log: of what is not ours only the kind, for its text may hold a URL."""
-    if isinstance(error, VendorError | BlockNotFound):
+    if isinstance(error, VendorError | BlockError):
         return str(error)
     return "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
 

@@ -1,29 +1,35 @@
-"""Blocks by name: what can't be a name is refused, and is told to nobody."""
+"""Blocks by name: what can't be a name is told to nobody, and what is filled in wrongly is said in short."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from prefect.blocks.core import Block
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import BlockDocumentCreate
 from prefect.exceptions import ParameterTypeError
 from prefect_slack import SlackWebhook
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError, field_validator
 
-from blocks import PagerDutyRouting
-from blocks.reference import UNSAVED, BlockNotFound, load_block
+from blocks import AirbyteServer, PagerDutyRouting
+from blocks.reference import UNSAVED, BlockNotFound, BlockUnusable, load_block
 from flows import elt_chain, sync_connections
 from flows.parameters import GateCheck, Notify, OwnStep, Sync, Transform
 from tasks.slack import SlackNotify
 
 SECRET = "sEcReT0123456789"  # noqa: S105 - stands for one
+CONNECTION = "00000000-0000-4000-8000-000000000001"
 URL = f"https://hooks.slack.com/services/T0/B0/{SECRET}"
 
 WAYS: list[tuple[Any, dict[str, Any], str]] = [
     (Notify, {"tool": "slack"}, "webhook"),
     (Notify, {"tool": "slack-channel", "channel": "#data"}, "credentials"),
     (Notify, {"tool": "pagerduty"}, "routing"),
-    (Sync, {"tool": "airbyte", "connection_id": "00000000-0000-4000-8000-000000000001"}, "server"),
+    (Sync, {"tool": "airbyte", "connection_id": CONNECTION}, "server"),
     (Sync, {"tool": "fivetran", "connection_id": "abc"}, "credentials"),
     (Sync, {"tool": "http-job"}, "job"),
     (Transform, {"tool": "dbt-cloud", "job_id": "1"}, "credentials"),
@@ -94,3 +100,68 @@ async def test_a_missing_block_is_named_unless_it_may_be_a_key() -> None:
     assert SECRET not in str(missing.value)
     with pytest.raises(BlockNotFound, match="save the block and pass its name"):
         await load_block(SlackWebhook, UNSAVED)
+
+
+# -- blocks that are filled in wrongly ----------------------------------------------------------------------
+
+
+async def _saved(kind: type[Block], name: str, data: dict[str, Any]) -> None:
+    """A block as somebody fills it in in the UI, which checks next to nothing."""
+    async with get_client() as client:
+        await kind.aregister_type_and_schema(client=client)
+        type_ = await client.read_block_type_by_slug(kind.get_block_type_slug())
+        schema = await client.read_block_schema_by_checksum(kind._calculate_schema_checksum())
+        await client.create_block_document(
+            BlockDocumentCreate(name=name, data=data, block_type_id=type_.id, block_schema_id=schema.id)
+        )
+
+
+async def test_a_block_that_is_filled_in_wrongly_is_said_in_a_sentence() -> None:
+    """Which field and why, without what is in it; not Prefect's advice to load it unchecked."""
+    name = f"on-call-{uuid4().hex[:4]}"
+    await _saved(PagerDutyRouting, name, {"routing_key": f"{SECRET} ü"})
+    with pytest.raises(BlockUnusable) as unusable:
+        await load_block(PagerDutyRouting, name)
+    said = str(unusable.value)
+    assert said.startswith(
+        f"The PagerDuty Routing block {name!r} can't be used: routing_key: It holds a blank"
+    )
+    assert SECRET not in said
+    assert "validate" not in said
+    assert unusable.value.__suppress_context__
+
+
+async def test_other_packages_checks_are_not_quoted() -> None:
+    """Only pydantic's own words are: a check of somebody's block may repeat what it refuses."""
+    name = f"talker-{uuid4().hex[:4]}"
+    await _saved(Talker, name, {"key": SECRET})
+    with pytest.raises(BlockUnusable, match="used: key: Not valid; other: Field required") as unusable:
+        await load_block(Talker, name)
+    assert SECRET not in str(unusable.value)
+
+
+class Talker(Block):
+    """A block of another package, whose check says too much."""
+
+    key: str
+    other: int
+
+    @field_validator("key")
+    @classmethod
+    def _repeat(cls, value: str) -> str:
+        raise ValueError(f"{value} is wrong")
+
+
+def test_a_run_with_such_a_block_ends_with_the_sentence(caplog: pytest.LogCaptureFixture) -> None:
+    """It is a known error: no traceback, and nothing was started."""
+    name = f"airbyte-{uuid4().hex[:4]}"
+    asyncio.run(_saved(AirbyteServer, name, {"base_url": ""}))
+    state: Any = sync_connections(
+        syncs=[{"tool": "airbyte", "server": name, "connection_id": CONNECTION}], return_state=True
+    )
+    assert state.is_failed()
+    assert state.message == (
+        f"The Airbyte Server block {name!r} can't be used: base_url: The base URL is empty; give one such as "
+        "https://api.airbyte.com/v1 or http://localhost:8000. Mend it in Prefect, under Blocks."
+    )
+    assert not any(record.exc_info for record in caplog.records)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 
 from blocks.http import VendorError
-from blocks.reference import BlockNotFound
+from blocks.reference import BlockError
 from tasks.jobs.model import InputError, JobError
 
 _PARAMETERS = "prefect.flows"
@@ -56,7 +56,7 @@ def without_traceback(*kinds: type[BaseException]) -> None:
 
     Called at run time and not at import, because Prefect sets its loggers up anew when a run begins.
     """
-    wanted = (VendorError, BlockNotFound, InputError, JobError, *kinds)
+    wanted = (VendorError, BlockError, InputError, JobError, *kinds)
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         ours = next((f for f in logger.filters if isinstance(f, _WithoutTraceback)), None)

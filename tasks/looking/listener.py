@@ -19,7 +19,7 @@ import httpx
 from prefect.blocks.core import Block
 from pydantic import BaseModel, ConfigDict, Field
 
-from blocks.reference import BlockNotFound, load_block
+from blocks.reference import BlockError, load_block
 from tasks.events import EltEvent, HandedOver, HandOverError
 from tasks.looking.events import HandOver
 
@@ -127,12 +127,12 @@ async def saved_block(kind: type[BlockT], name: str) -> BlockT:
     """A saved block.
 
     Raises:
-        ListenError: There is none of this name.
+        ListenError: There is none of this name, or it is not filled in as it must be.
         SourceAway: The Prefect server can't be asked.
     """
     try:
         return await load_block(kind, name)
-    except BlockNotFound as error:
+    except BlockError as error:
         raise ListenError(str(error)) from None
     except (httpx.HTTPError, RuntimeError) as error:  # the latter is Prefect's of an API that is away
         raise SourceAway(f"the Prefect server can't be asked for a block ({type(error).__name__}).") from None
