@@ -35,6 +35,7 @@ from deployments.checks import EXAMPLES, problems_of
 from deployments.entries import Entry, read_entries
 from deployments.environments import FILE, DeployError, Environment, Environments, read_environments
 from deployments.plan import DeploymentPlan, marked_deployments, plan_deployments
+from deployments.switches import forget, remember
 from deployments.work_pools import pool_differs, put_pool
 
 
@@ -130,7 +131,9 @@ async def apply(client: PrefectClient, environments: Environments, plan: Plan) -
     changed = [change.entry for change in plan.deployments.changes]
     if not changed:
         return
+    await remember(client, changed)
     await asyncio.to_thread(_prefect_deploy, changed)
+    await forget(client, changed)
     for entry in changed:
         slugs = {schedule.slug for schedule in entry.schedules}
         there = await client.read_deployment_by_name(entry.full_name)

@@ -32,6 +32,7 @@ from pydantic import TypeAdapter
 from deployments.checks import as_prefect_has_it
 from deployments.entries import TRIGGER_MARK, ConcurrencyLimit, Entry
 from deployments.environments import Environment
+from deployments.switches import remembered
 
 _TRIGGER: TypeAdapter[Any] = TypeAdapter(DeploymentTriggerTypes)
 _TEMPLATED = {"description", "tags", "parameters", "work_pool", "version"}
@@ -94,7 +95,10 @@ async def plan_deployments(
             entry,
             environment,
             {schedule.slug: schedule.active for schedule in there.schedules if schedule.slug},
-            {automation.name: automation.enabled for automation in automations},
+            {
+                **dict.fromkeys(await remembered(client, entry.full_name), False),
+                **{automation.name: automation.enabled for automation in automations},
+            },
         )
         if entry.paused is None:
             ready = ready.model_copy(update={"paused": there.paused})

@@ -22,6 +22,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect_slack import SlackWebhook
 
 from blocks import AirbyteServer
+from deployments import deploy, switches
 from deployments.deploy import delete, main
 from deployments.entries import read_entries
 from deployments.environments import read_environments
@@ -344,6 +345,36 @@ def test_what_was_switched_off_stays_off(deploying: Deploying) -> None:
     assert found["at-six"].schedule.cron == "0 5 * * *"
     switched = {name: one["enabled"] for name, one in deploying.automations(DAILY).items()}
     assert switched == {"test.when asked": False, "test.when both": True}
+
+
+def test_killed_while_the_triggers_were_made_anew(
+    deploying: Deploying, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prefect deletes automations and makes them anew: what was off between the two is not on after that."""
+    deploying()
+    deploying.switch_trigger(DAILY, "test.when asked", enabled=False)
+    deploying.entries[0]["description"] = "Builds it well."
+
+    def killed(_: object) -> None:
+        resource = f"prefect.deployment.{deploying.there(DAILY).id}"
+        httpx.delete(f"{deploying.client.api_url}automations/owned-by/{resource}").raise_for_status()
+        raise InterruptedError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(deploy, "_prefect_deploy", killed)
+        with pytest.raises(InterruptedError):
+            deploying()
+    assert deploying.automations(DAILY) == {}
+    assert "~ dbt-build/test.daily: description, triggers" in deploying()
+    switched = {name: one["enabled"] for name, one in deploying.automations(DAILY).items()}
+    assert switched == {"test.when asked": False, "test.when both": True}
+    # Remembered no longer than that: who switches it on finds it on.
+    deploying.switch_trigger(DAILY, "test.when asked", enabled=True)
+    deploying.entries[0]["description"] = "Builds it."
+    deploying()
+    assert deploying.automations(DAILY)["test.when asked"]["enabled"] is True
+    variables = httpx.post(f"{deploying.client.api_url}variables/filter", json={}).raise_for_status().json()
+    assert [one["name"] for one in variables if switches.TAG in one["tags"]] == []
 
 
 def test_what_the_file_switches_off(deploying: Deploying) -> None:
