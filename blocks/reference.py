@@ -24,7 +24,21 @@ from blocks.fields import MASKED_GUIDANCE
 
 BlockT = TypeVar("BlockT", bound=Block)
 
-_loading: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[type[Block], str], asyncio.Task[Any]]] = (
+_KEPT = 60.0  # seconds for which a loaded block is good; then its key may be another
+
+
+@dataclass(frozen=True)
+class _Loading:
+    began: float
+    task: asyncio.Task[Any]
+
+    def serves(self, now: float) -> bool:
+        if not self.task.done():
+            return True
+        return now - self.began < _KEPT and not self.task.cancelled() and self.task.exception() is None
+
+
+_loading: WeakKeyDictionary[asyncio.AbstractEventLoop, dict[tuple[type[Block], str], _Loading]] = (
     WeakKeyDictionary()
 )
 
@@ -81,7 +95,8 @@ that there is no such block.
 async def load_block(kind: type[BlockT], reference: BlockT | str) -> BlockT:
     """The block itself, or the saved one of this name: `my-airbyte` or `airbyte-server/my-airbyte`.
 
-    A fan-out of hundreds of tasks asks the API once: what was loaded is kept for as long as the event loop.
+    A fan-out of hundreds of tasks asks the API once: what was loaded is kept for a minute. Not for as long as
+    the event loop, for in a process that serves flows for weeks a key is changed meanwhile.
 
     Raises:
         BlockNotFound: With the names that are saved. What can't be a name, or may be a key, is not repeated.
@@ -94,16 +109,13 @@ async def load_block(kind: type[BlockT], reference: BlockT | str) -> BlockT:
     if not _REFERENCE.fullmatch(str(reference)):
         raise BlockNotFound(_NO_NAME)
     name = str(reference).removeprefix(f"{kind.get_block_type_slug()}/")
-    loading = _loading.setdefault(asyncio.get_running_loop(), {})
-    key = (kind, name)
-    if key not in loading or (loading[key].done() and _failed(loading[key])):
-        loading[key] = asyncio.create_task(_load(kind, name))
-    block: BlockT = await asyncio.shield(loading[key])
+    loop = asyncio.get_running_loop()
+    loading = _loading.setdefault(loop, {})
+    found = loading.get((kind, name))
+    if found is None or not found.serves(loop.time()):
+        found = loading[kind, name] = _Loading(loop.time(), asyncio.create_task(_load(kind, name)))
+    block: BlockT = await asyncio.shield(found.task)
     return block
-
-
-def _failed(task: asyncio.Task[Any]) -> bool:
-    return task.cancelled() or task.exception() is not None
 
 
 async def _load(kind: type[BlockT], name: str) -> BlockT:

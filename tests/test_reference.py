@@ -102,6 +102,23 @@ async def test_a_missing_block_is_named_unless_it_may_be_a_key() -> None:
         await load_block(SlackWebhook, UNSAVED)
 
 
+# -- for how long a block is good ---------------------------------------------------------------------------
+
+
+async def test_a_changed_key_is_used_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tasks of one fan-out share what was loaded; a process that runs for weeks does not keep it."""
+    name = f"on-call-{uuid4().hex[:4]}"
+    old, new = "0" * 32, "1" * 32
+    await _saved(PagerDutyRouting, name, {"routing_key": old})
+    first, same = await asyncio.gather(*(load_block(PagerDutyRouting, name) for _ in range(2)))
+    assert first is same
+    await PagerDutyRouting(routing_key=new).save(name, overwrite=True)  # type: ignore[misc]  # async here
+    assert await load_block(PagerDutyRouting, name) is first
+    now = asyncio.get_running_loop().time()
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: now + 61)
+    assert (await load_block(PagerDutyRouting, name)).routing_key.get_secret_value() == new
+
+
 # -- blocks that are filled in wrongly ----------------------------------------------------------------------
 
 
