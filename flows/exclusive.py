@@ -1,9 +1,9 @@
-"""Not at the same time as a deployment's own runs: by the concurrency limit that it has itself."""
+"""Not at the same time as a deployment's runs: by the concurrency limits that deployments have themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import (
@@ -23,16 +23,25 @@ _AT_WORK = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 
 
 @contextmanager
-def alone(deployment: DeploymentResponse) -> Iterator[None]:
-    """Wait until no run of a deployment is at work, and let none begin meanwhile.
+def alone(*deployments: DeploymentResponse) -> Iterator[None]:
+    """Wait until no run of these deployments is at work, and let none begin meanwhile.
 
-    All slots of the deployment's concurrency limit are taken: the Prefect server keeps it, over all machines.
-    A run of the deployment whose time comes meanwhile waits for its slot, as it does for another run of the
-    deployment; with the collision strategy CANCEL_NEW it is cancelled.
+    All slots of their concurrency limits are taken: the Prefect server keeps them, over all machines. A run
+    of one whose time comes meanwhile waits for its slot, as it does for another run of its deployment; with
+    the collision strategy CANCEL_NEW it is cancelled.
 
     Args:
-        deployment: Whose runs. One without a limit bears several runs at a time: then nothing is waited for.
+        deployments: Whose runs. One without a limit bears several runs at a time and is not waited for.
     """
+    with ExitStack() as stack:
+        # In the same order everywhere: two that wait for each other's would wait for ever.
+        for deployment in sorted(deployments, key=lambda each: each.id):
+            stack.enter_context(_without(deployment))
+        yield
+
+
+@contextmanager
+def _without(deployment: DeploymentResponse) -> Iterator[None]:
     limit = deployment.global_concurrency_limit
     if limit is None or not limit.active or not limit.limit:
         if limit is None:

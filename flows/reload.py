@@ -15,7 +15,7 @@ from flows.exclusive import alone
 from flows.fan_out import KNOWN_ERRORS, refuse
 from flows.intervals import DataInterval
 from flows.parameters import Notify, NotifyList
-from flows.reloading import Pipeline, deployment_of, narrowed, pipeline_of
+from flows.reloading import Pipeline, beside, deployment_of, narrowed, pipeline_of
 from flows.report import EltReport
 from tasks.cancellation import cancel_open_jobs
 from tasks.jobs import EventLoopTaskRunner, limit_concurrency
@@ -64,13 +64,15 @@ def reload(
     whole: Pipeline | None = None
     try:
         base = deployment_of(pipeline)
+        # What deletes a table has to be alone with all that read it.
+        others = beside(base) if mode == "full_refresh" else []
         whole = pipeline_of(base)
         if notify:
             whole = whole.model_copy(update={"notify": notify})
     except KNOWN_ERRORS as error:
         return _refused(error, notify)  # type: ignore[no-any-return]
     # From before the look at the warehouse, which a run of the pipeline may hold, to the last activation.
-    with alone(base):
+    with alone(base, *others):
         try:
             limit_concurrency(whole.max_concurrency)
             part = narrowed(whole, connection, mode=mode, streams=streams, interval=data_interval)

@@ -28,6 +28,7 @@ from tasks.fivetran import FivetranSync
 from tasks.jobs import Checked, InputError
 from tasks.tools import TOOLS, TRANSFORMS
 
+_PAGE = 100
 Mode = Literal["incremental", "full_refresh"]
 
 
@@ -75,6 +76,33 @@ def deployment_of(name: str) -> DeploymentResponse:
                 f"{', '.join(there) or 'none'}. Nothing was started."
             )
     return base
+
+
+def beside(base: DeploymentResponse) -> list[DeploymentResponse]:
+    """The other pipelines of the same environment that build the same dbt project, from the same tables."""
+    project = _project(base)
+    of_chain = FlowFilter(name=FlowFilterName(any_=[elt_chain.name]))
+    found: list[DeploymentResponse] = []
+    with get_client(sync_client=True) as client:
+        while page := client.read_deployments(flow_filter=of_chain, limit=_PAGE, offset=len(found)):
+            found += page
+    return [
+        each
+        for each in found
+        if each.id != base.id
+        and project is not None
+        and (_project(each), _environment(each)) == (project, _environment(base))
+    ]
+
+
+def _project(deployment: DeploymentResponse) -> Any:
+    transform = deployment.parameters.get("transform")
+    return transform.get("project_dir") if isinstance(transform, dict) else None
+
+
+def _environment(deployment: DeploymentResponse) -> set[str]:
+    """The tag of `make deploy`; none of a deployment that was put there otherwise."""
+    return {tag for tag in deployment.tags if tag.startswith(("env:", "branch:"))}
 
 
 def pipeline_of(base: DeploymentResponse) -> Pipeline:

@@ -25,7 +25,7 @@ from prefect.states import Cancelled, Pending
 from deployments.environments import Environment
 from flows import EltReport, StepState, elt_chain, reload
 from flows.exclusive import alone
-from flows.reloading import deployment_of, pipeline_of
+from flows.reloading import beside, deployment_of, pipeline_of
 from sandbox import Sandbox
 from tasks.airbyte_jobs import AirbyteVendor
 from tasks.intervals import DataInterval
@@ -113,6 +113,17 @@ def pipeline(box: Sandbox, shop: Project, deployed: dict[str, Any]) -> Project:
     return shop
 
 
+@contextmanager
+def another(name: str, parameters: dict[str, Any], tags: list[str]) -> Iterator[None]:
+    """A pipeline beside it, one run at a time."""
+    with get_client(sync_client=True) as client:
+        made = client.create_deployment(
+            client.create_flow(elt_chain), name, parameters=parameters, tags=tags, concurrency_limit=1
+        )
+        yield
+        client.delete_deployment(made)
+
+
 def set_parameters(parameters: dict[str, Any]) -> None:
     """Of the deployment."""
     with get_client(sync_client=True) as client:
@@ -191,19 +202,29 @@ def test_with_an_interval_nothing_is_built_from_nothing(box: Sandbox, pipeline: 
     assert after["counted"] != before["counted"]
 
 
+@pytest.mark.parametrize("name", ["small", "exposure-crm"])
 def test_a_run_of_the_pipeline_is_waited_for(
-    box: Sandbox, runs: Runs, deployed: dict[str, Any], caplog: pytest.LogCaptureFixture
+    box: Sandbox, runs: Runs, deployed: dict[str, Any], caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
-    """One that is at work, also on another machine; nothing is started before it has ended."""
-    with at_work(one_at_a_time()) as nightly, ThreadPoolExecutor(1) as pool:
-        reloading = pool.submit(reload, "planes", pipeline="small", return_state=True)
-        until(lambda: f"Waits until {nightly.name} of small has ended" in caplog.text)
+    """One that is at work, also on another machine; nothing is started before it has ended. Before a table is
+    cleared, so is one of another pipeline that is built from it.
+    """
+    with another("exposure-crm", deployed, ["elt"]), another("dev.small", deployed, ["env:dev"]):
+        assert [each.name for each in beside(one_at_a_time())] == ["exposure-crm"]
+        waited_for(box, name, caplog)
+
+
+def waited_for(box: Sandbox, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    mode = "incremental" if name == "small" else "full_refresh"
+    with at_work(deployment_of(name)) as nightly, ThreadPoolExecutor(1) as pool:
+        reloading = pool.submit(reload, "planes", mode=mode, pipeline="small", return_state=True)
+        until(lambda: f"Waits until {nightly.name} of {name} has ended" in caplog.text)
         time.sleep(3)
         assert not reloading.done()
         assert box.airbyte.jobs_of(IDS["planes"]) == []
         ended(nightly)
         state = reloading.result(300)
-    assert len(box.airbyte.jobs_of(IDS["planes"])) == 1, state.message
+    assert box.airbyte.jobs_of(IDS["planes"]) != [], state.message
 
 
 def test_a_run_of_the_pipeline_waits(deployed: dict[str, Any]) -> None:
