@@ -6,7 +6,7 @@ Pure: no dbt and no Prefect API in it; schedules are only asked for their dates.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from datetime import UTC, datetime, time, timedelta, timezone
+from datetime import UTC, date, datetime, time, timedelta, timezone
 from itertools import pairwise
 from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
@@ -54,6 +54,8 @@ def _utc_if_naive(value: Any) -> Any:
             value = datetime.fromisoformat(value)
         except ValueError:
             return value  # pydantic says what is wrong with it
+    if isinstance(value, date) and not isinstance(value, datetime):
+        value = datetime.combine(value, time())  # YAML makes a date of one without quotation marks
     return value.replace(tzinfo=UTC) if isinstance(value, datetime) and value.tzinfo is None else value
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
@@ -319,6 +319,13 @@ def test_gates_that_make_no_sense(fields: dict[str, Any], says: str) -> None:
     """A gate that could never shut is refused when it is written down."""
     with pytest.raises(ValidationError, match=says):
         TypeAdapter(GateCheck).validate_python(fields)
+
+
+@pytest.mark.parametrize("day", ["2026-03-01", date(2026, 3, 1)], ids=["JSON", "YAML"])
+def test_the_day_of_a_new_measure(day: Any) -> None:
+    """It is a day in UTC, as a form sends it and as YAML reads it."""
+    gate = RowsGate(share_of_usual=0.5, usual_since=day)
+    assert gate.usual_since == datetime(2026, 3, 1, tzinfo=UTC)
 
 
 async def test_gates_are_checked(database: SqlAlchemyConnector) -> None:
