@@ -25,9 +25,9 @@ from blocks.airbyte_model import (
     RefreshMode,
     Stream,
     StreamStats,
-    readable,
 )
 from blocks.http import AuthError, NotFoundError, VendorError
+from blocks.replies import readable
 
 _TYPES = {"sync": "sync", "reset_connection": "reset", "clear": "clear", "refresh": "refresh"}
 _OLD_TYPES = ("sync", "reset_connection")  # all that servers of 2023 know, and another word is an error there

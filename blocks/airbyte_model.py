@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Collection, Sequence
-from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from blocks.fields import tagged_owner
 from blocks.http import ApiClient
@@ -18,7 +17,6 @@ ApiKind = Literal["public", "config"]
 RefreshMode = Literal["Merge", "Truncate"]
 
 PAGE = 100  # the most that either API gives at a time
-ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
 class Stream(BaseModel):
@@ -152,15 +150,6 @@ class Job(BaseModel):
         """Whether the job is of this kind. A clear may be listed as a reset: Airbyte has one of them."""
         same = {"reset": "clear"}
         return same.get(self.type, self.type) == same.get(operation, operation)
-
-
-def readable(items: Sequence[Any], kind: TypeAdapter[ModelT]) -> list[ModelT]:
-    """Those that are what the API promises: one that is not must not hide the other ninety-nine."""
-    found: list[ModelT] = []
-    for item in items:
-        with suppress(ValidationError):
-            found.append(kind.validate_python(item))
-    return found
 
 
 class AirbyteApi(ApiClient, ABC):

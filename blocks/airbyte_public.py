@@ -11,7 +11,8 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
-from blocks.airbyte_model import PAGE, AirbyteApi, Connection, Job, Operation, readable
+from blocks.airbyte_model import PAGE, AirbyteApi, Connection, Job, Operation
+from blocks.replies import readable
 
 _NEWEST_FIRST = "createdAt|DESC"  # must be said: left out, the API answers with the oldest
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, TypeAdapt
 
 from blocks.fields import MASKED_GUIDANCE, check_base_url, clean_secret, is_masked
 from blocks.http import ApiClient, AuthError, BadReply, VendorError, shared_client
+from blocks.replies import readable
 
 _EXAMPLE = "https://app.getcensus.com/api/v1"
 _PAGE = 100  # asked for more, Census gives a hundred and does not say so
@@ -77,7 +78,7 @@ class _Pagination(BaseModel):
 
 
 class _Page(BaseModel):
-    data: list[Sync]
+    data: list[Any]
     pagination: _Pagination
 
 
@@ -89,6 +90,7 @@ _TRIGGERED = TypeAdapter(_Reply[_Triggered])
 _RUN = TypeAdapter(_Reply[SyncRun])
 _RUNS = TypeAdapter(_Reply[list[SyncRun]])
 _SYNC = TypeAdapter(_Reply[Sync])
+_ITEM = TypeAdapter(Sync)
 _SYNCS = TypeAdapter(_Page)
 _CANCELLED = TypeAdapter(_Reply[Any])
 
@@ -202,7 +204,7 @@ class CensusApi(ApiClient):
             page: int | None = 1
             while page is not None and not sync_ids <= self._known.keys():
                 reply = await self._asked("/syncs", _SYNCS, {"page": page, "per_page": _PAGE})
-                self._known.update({sync.id: sync for sync in reply.data})
+                self._known.update({sync.id: sync for sync in readable(reply.data, _ITEM)})
                 page = reply.pagination.next_page if reply.data else None
 
     async def trigger(self, sync_id: str, *, full_sync: bool = False) -> str:

@@ -29,6 +29,7 @@ from blocks.dbtcloud_model import Job, Overrides, Run
 from blocks.fields import MASKED_GUIDANCE, check_base_url, clean_secret, is_masked
 from blocks.http import ApiClient, AuthError, BadReply, NotFoundError, VendorError, shared_client
 from blocks.reference import NAMED, NamesBlock, load_block
+from blocks.replies import readable
 
 SLUG = "dbt-cloud-credentials"
 PAGE = 100
@@ -93,6 +94,8 @@ class _Envelope(BaseModel, Generic[T]):
 _JOB = TypeAdapter(_Envelope[Job])
 _RUN = TypeAdapter(_Envelope[Run])
 _RUNS = TypeAdapter(_Envelope[list[Run]])
+_ITEMS = TypeAdapter(_Envelope[list[Any]])
+_ITEM = TypeAdapter(Run)
 _NAMES = TypeAdapter(_Envelope[list[str]])
 
 
@@ -245,12 +248,13 @@ class DbtCloudApi(ApiClient):
         # A list in a query is JSON text in brackets; anything else is refused with 400.
         params = {"pk__in": json.dumps(ids, separators=(",", ":")), "order_by": "-id", "limit": PAGE}
         try:
-            runs = self._open(await self.get("/runs/", _RUNS, params, retry=False))
+            listed = self._open(await self.get("/runs/", _ITEMS, params, retry=False))
         except VendorError as error:
             if error.status != 400:
                 raise
             self._by_ids = False
         else:
+            runs = readable(listed, _ITEM)
             if all(run.id in ids for run in runs):
                 # An empty list says nothing: they may all be invisible yet.
                 self._by_ids = self._by_ids or bool(runs) or None
@@ -264,9 +268,10 @@ class DbtCloudApi(ApiClient):
         last = ids[0] - 1
         for _ in range(len(ids) // 10 + 2):
             params = {"id__gt": last, "order_by": "id", "limit": PAGE}
-            page = self._open(await self.get("/runs/", _RUNS, params, retry=False))
+            listed = self._open(await self.get("/runs/", _ITEMS, params, retry=False))
+            page = readable(listed, _ITEM)
             found.update({run.id: run for run in page if run.id in wanted})
-            if len(page) < PAGE or page[-1].id >= ids[-1]:
+            if len(listed) < PAGE or not page or page[-1].id >= ids[-1]:
                 break
             last = page[-1].id
         return list(found.values())

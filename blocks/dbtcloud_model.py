@@ -6,10 +6,11 @@ Vendor documentation: https://docs.getdbt.com/dbt-cloud/api-v2
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 def _aware(moment: datetime) -> datetime:
@@ -44,17 +45,31 @@ class Overrides(BaseModel):
         return self.model_dump(exclude_none=True)
 
 
-class Trigger(Overrides):
-    """Why a run was started, and what it does otherwise than its job."""
+class Trigger(BaseModel):
+    """Why a run was started, and what it does otherwise than its job.
+
+    Attributes:
+        cause: Why.
+        overridden: What was overridden. What we ask for is checked; what dbt Cloud says is taken as it is.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
     cause: str | None = None
+    overridden: dict[str, Any] = {}
 
-    @property
-    def overridden(self) -> dict[str, Any]:
-        """What was overridden, without the reason."""
-        return self.model_dump(exclude_none=True, exclude={"cause"})
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        said = {name: data[name] for name in Overrides.model_fields if name in data}
+        return {"cause": data.get("cause"), "overridden": meant(said)}
+
+
+def meant(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that leave the job's own: None and, in what dbt Cloud writes, empty ones and 0."""
+    return {name: value for name, value in overrides.items() if value or value is False}
 
 
 class RunStep(BaseModel):

@@ -26,6 +26,7 @@ from pydantic import (
 
 from blocks.fields import MASKED_GUIDANCE, check_base_url, clean_secret, is_masked
 from blocks.http import ApiClient, AuthError, BadReply, VendorError, shared_client
+from blocks.replies import readable
 
 _EXAMPLE = "https://api.fivetran.com"
 _PAGE = 1000
@@ -135,10 +136,11 @@ class _Reply(BaseModel, Generic[T]):
 
 
 class _Page(BaseModel):
-    items: list[Connection]
+    items: list[Any]
     next_cursor: str | None = None
 
 
+_ITEM = TypeAdapter(Connection)
 _CONNECTION = TypeAdapter(_Reply[Connection])
 _CONNECTIONS = TypeAdapter(_Reply[_Page])
 _DONE = TypeAdapter(_Reply[Any])
@@ -249,7 +251,7 @@ class FivetranApi(ApiClient):
             params = {"limit": _PAGE} | ({"cursor": cursor} if cursor else {})
             page = self._data(path, await self.get(path, _CONNECTIONS, params, retry=retry))
             pages += 1
-            found.update((item.id, item) for item in page.items if item.id in missing)
+            found.update((item.id, item) for item in readable(page.items, _ITEM) if item.id in missing)
             missing.difference_update(found)
             if not page.next_cursor or page.next_cursor == cursor:
                 break

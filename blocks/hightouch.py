@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, HttpUrl, SecretStr, TypeAdapt
 
 from blocks.fields import MASKED_GUIDANCE, check_base_url, clean_secret, is_masked
 from blocks.http import ApiClient, AuthError, BadReply, VendorError, shared_client
+from blocks.replies import readable
 
 _EXAMPLE = "https://api.hightouch.com/api/v1"
 _PAGE = 100
@@ -107,7 +108,7 @@ class _Runs(BaseModel):
 
 
 class _Syncs(BaseModel):
-    data: list[Sync]
+    data: list[Any]
 
 
 _TRIGGERED = TypeAdapter(_Triggered)
@@ -202,12 +203,14 @@ class HightouchApi(ApiClient):
     async def syncs(self, *, retry: bool = True) -> list[Sync]:
         """Every sync of the workspace with its present status, a hundred per request."""
         found: list[Sync] = []
+        offset = 0
         while True:
-            params = {"limit": _PAGE, "offset": len(found)}
+            params = {"limit": _PAGE, "offset": offset}
             page = (await self.get("/syncs", _SYNCS, params, retry=retry)).data
-            found += page
-            self._known.update({sync.id: sync for sync in page})
+            offset += len(page)
+            found += readable(page, _SYNC)
             if len(page) < _PAGE:
+                self._known.update({sync.id: sync for sync in found})
                 return found
 
     async def learn(self, sync_ids: Collection[str]) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
-from pydantic import ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from blocks.errors import RETRY_AFTER_CAP, BadReply, RateLimited, parse_retry_after
 
+ModelT = TypeVar("ModelT", bound=BaseModel)
 RETRYABLE = frozenset({408, 425, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 """Statuses of which a server may think better in a moment."""
 
@@ -66,6 +68,19 @@ def first_problem(error: ValidationError) -> str:
     """What is wrong with a document, and where in it."""
     problem = error.errors(include_url=False, include_input=False, include_context=False)[0]
     return f"{'.'.join(str(part) for part in problem['loc']) or 'document'}: {problem['msg']}"
+
+
+def readable(items: Sequence[Any], kind: TypeAdapter[ModelT]) -> list[ModelT]:
+    """Those that are what the API promises: one that is not must not hide the other ninety-nine.
+
+    For lists by which jobs are watched: what is missing in one is read by itself, and that tells what is
+    wrong with it. Not where a job is looked for that may have been started: there, missing means it was not.
+    """
+    found: list[ModelT] = []
+    for item in items:
+        with suppress(ValidationError):
+            found.append(kind.validate_python(item))
+    return found
 
 
 def vendor_message(body: Any) -> str | None:

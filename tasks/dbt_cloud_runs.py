@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from blocks.dbtcloud import DbtCloudApi, account_of, api_of
-from blocks.dbtcloud_model import Overrides, Run
+from blocks.dbtcloud_model import Overrides, Run, meant
 from blocks.http import TRANSIENT, NotFoundError, VendorError, VendorUnavailable
 from blocks.reference import block_name
 from tasks.jobs import AccountVendor, AlreadyRunning, Intent, JobHandle, JobRequest, JobState, JobStatus
@@ -159,7 +159,7 @@ async def _observe_one(
 
 def _does_the_same(run: Run, request: RunRequest) -> bool:
     given = run.trigger.overridden if run.trigger else {}
-    return request.retries is None and given == request.overrides.given
+    return request.retries is None and given == meant(request.overrides.given)
 
 
 def cause_with(text: str, marker: str) -> str:

@@ -210,13 +210,14 @@ async def fivetran_check(syncs: list[FivetranSync]) -> list[Checked[FivetranSync
 
 async def _read(api: FivetranApi, wanted: list[str]) -> dict[str, Connection]:
     """The connections that exist."""
-    if len(wanted) > _FEW:
-        return await api.connections(wanted)
-    found = await asyncio.gather(*(api.connection(id_, fresh=True) for id_ in wanted), return_exceptions=True)
+    listed = await api.connections(wanted) if len(wanted) > _FEW else {}
+    # What is in no list, too: it answers with the reason.
+    rest = [id_ for id_ in wanted if id_ not in listed]
+    found = await asyncio.gather(*(api.connection(id_, fresh=True) for id_ in rest), return_exceptions=True)
     for outcome in found:
         if isinstance(outcome, BaseException) and not isinstance(outcome, NotFoundError):
             raise outcome
-    return {outcome.id: outcome for outcome in found if isinstance(outcome, Connection)}
+    return listed | {outcome.id: outcome for outcome in found if isinstance(outcome, Connection)}
 
 
 def _unknown(*connections: str) -> str:

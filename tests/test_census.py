@@ -510,3 +510,26 @@ async def test_status_of_any_run(box: Sandbox, credentials: CensusCredentials) -
     assert (await census_status(credentials, run_id)).state is JobState.FAILED
     with pytest.raises(NotFoundError):
         await census_status(credentials, "1")
+
+
+@TASKS
+async def test_one_odd_sync_hides_no_other(
+    box: Sandbox, credentials: CensusCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync that can't be read in the list is read by itself."""
+    known, reply = box.census.sync(SYNC), Sync.reply
+    for number in range(1000, 1005):
+        box.census.syncs[number] = Sync(replace(known.spec, sync_id=number), known.behaviour.model_copy())
+    odd = {1002}
+
+    def told(sync: Sync) -> dict[str, Any]:
+        if sync.spec.sync_id not in odd:
+            return reply(sync)
+        odd.clear()  # by itself it can be
+        return reply(sync) | {"label": ["who knows"]}
+
+    monkeypatch.setattr(Sync, "reply", told)
+    found = await census_check([sync(credentials, number) for number in range(1000, 1005)])
+    assert [one.problem for one in found] == [None] * 5
+    asked = [request.path.rsplit("/", 1)[-1] for request in box.requests.find(vendor="census")]
+    assert asked == ["syncs", "1002"]

@@ -20,16 +20,19 @@ from blocks.dbtcloud import api_of, base_url_of
 from blocks.dbtcloud_model import Run, RunStep
 from blocks.http import AuthError, BadReply, NotFoundError, RateLimited, VendorError, VendorUnavailable
 from sandbox import Sandbox, catalog
+from sandbox.dbt_cloud_replies import run_reply
 from tasks.dbt_cloud import DbtCloud, Overrides
-from tasks.dbt_cloud_runs import DbtCloudVendor, cause_with, status_of
+from tasks.dbt_cloud_runs import DbtCloudVendor, RunRequest, cause_with, status_of
 from tasks.jobs import (
     Intent,
     JobCancelled,
     JobFailed,
     JobHandle,
+    JobPolicy,
     JobState,
     JobTimeout,
     MemoryJournal,
+    wait_for_job,
 )
 from tests.dbt_cloud_fixtures import PREFECTS_SOCKETS, Desk, cloud, collected, credentials_of
 from tests.jobs_fixtures import until
@@ -339,6 +342,41 @@ async def test_a_hundred_runs_a_request(cloud: Desk, pk_in: Any) -> None:
     by_ids = [query["pk__in"][0] for query in queries if "pk__in" in query]
     assert all(re.fullmatch(r"\[\d+(,\d+)*\]", text) for text in by_ids)  # airflow 40047: brackets, or 400
     assert len(by_ids) == (6 if pk_in == "understood" else 1)
+
+
+@pytest.mark.parametrize("pk_in", ["understood", "refused"])
+async def test_one_odd_run_hides_no_other(cloud: Desk, monkeypatch: pytest.MonkeyPatch, pk_in: Any) -> None:
+    """A run that can't be read is an error of its own, and the others of its page are seen."""
+    cloud.box.dbt_cloud.settings.pk_in = pk_in
+    watched = handles(cloud, 5)
+    odd = watched[2].job_id
+
+    def reply(run: Any, *given: Any, **more: Any) -> dict[str, Any]:
+        told = run_reply(run, *given, **more)
+        return told | {"status": "who knows"} if str(run.run_id) == odd else told
+
+    monkeypatch.setattr("sandbox.dbt_cloud_api.run_reply", reply)
+    seen = await cloud.vendor.observe(watched)
+    assert isinstance(seen[odd], BadReply)
+    others = [seen[handle.job_id] for handle in watched if handle.job_id != odd]
+    assert not any(isinstance(one, Exception) for one in others)
+    # A job whose item is never readable ends with that error when the budget is spent, and not before.
+    watched[2] = watched[2].model_copy(update={"started_at": datetime.now(UTC)})
+    request = RunRequest(watched[2].resource_id, "nightly")
+    with pytest.raises(BadReply, match=r"not what the API promises.*was not touched"):
+        await wait_for_job(cloud.vendor, request, watched[2], JobPolicy(poll=0.05, outage=0.2, timeout=60))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"schema_override": ""}, {"git_branch": ""}, {"steps_override": []}, {"threads_override": 0}],
+)
+def test_overrides_that_are_none(said: dict[str, Any]) -> None:
+    """dbt Cloud writes what was not overridden in several ways; none of them makes a run unreadable."""
+    trigger = {"cause": "why", "generate_docs_override": False, "target_name_override": None, **said}
+    run = Run.model_validate({"id": 1, "status": 10, "trigger": trigger})
+    assert run.trigger
+    assert (run.trigger.cause, run.trigger.overridden) == ("why", {"generate_docs_override": False})
 
 
 async def test_runs_far_apart_without_the_filter(cloud: Desk) -> None:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from blocks import FivetranCredentials
 from blocks.fivetran import Connection
-from blocks.http import VendorError, VendorUnavailable
+from blocks.http import BadReply, VendorError, VendorUnavailable
 from sandbox import Sandbox
 from tasks.fivetran_jobs import Before, FivetranRequest, FivetranVendor, status_of
 from tasks.jobs import (
@@ -579,6 +579,28 @@ async def _look(vendor: FivetranVendor, box: Sandbox, ids: list[str]) -> tuple[d
     statuses = await vendor.observe(handles)
     seen = {handle.resource_id: statuses[handle.job_id] for handle in handles}
     return seen, [f"{r.path.rsplit('/', 1)[-1]}?{r.query}" for r in box.requests.find(vendor="fivetran")]
+
+
+async def test_one_odd_connection_hides_no_other(
+    sandbox: Sandbox, credentials: FivetranCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A connection that can't be read is an error of its own, and the others of its page are seen."""
+    ids = sandbox.fivetran.add_connections(8, duration=60)
+    for id_ in ids:
+        sandbox.fivetran.trigger(id_)
+    reply = type(sandbox.fivetran.connection(ids[0])).reply
+
+    def odd(connection: Any) -> dict[str, Any]:
+        told = reply(connection)
+        return told | {"paused": "who knows"} if connection.connection_id == ids[3] else told
+
+    monkeypatch.setattr(type(sandbox.fivetran.connection(ids[0])), "reply", odd)
+    vendor = FivetranVendor(credentials)
+    async with vendor.session():
+        states, asked = await _look(vendor, sandbox, ids)
+    assert asked == ["connections?limit=1000", f"{ids[3]}?"]
+    assert isinstance(states.pop(ids[3]), BadReply)
+    assert {status.state for status in states.values()} == {JobState.RUNNING}
 
 
 async def test_one_request_for_a_thousand(sandbox: Sandbox, credentials: FivetranCredentials) -> None:

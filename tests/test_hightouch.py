@@ -359,6 +359,31 @@ async def test_many_runs_few_requests(
     assert seen[many.handles[7].job_id].state is JobState.FAILED
 
 
+async def test_one_odd_sync_hides_no_other(
+    box: Sandbox, credentials: HightouchCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sync that can't be read in the list is read by its run; pages go on behind it."""
+    box.hightouch.settings.requests_per_10_seconds = None
+    box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
+    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    reply = type(box.hightouch.syncs[SYNC]).reply
+
+    def odd(sync: Any) -> dict[str, Any]:
+        told = reply(sync)
+        return told | {"lastRunAt": "who knows"} if sync.spec.sync_id == 1007 else told
+
+    monkeypatch.setattr(type(box.hightouch.syncs[SYNC]), "reply", odd)
+    async with many.vendor.session():
+        await until(
+            lambda: all(run.status == "processing" for s in box.hightouch.syncs.values() for run in s.runs)
+        )
+        seen, _ = await many.look()
+        _, requests = await many.look()
+    assert len(seen) == 250
+    assert {status.state for status in seen.values()} == {JobState.RUNNING}
+    assert requests <= 3 + 2  # its own, and now and then one to make sure
+
+
 async def test_an_end_behind_the_next_run(box: Sandbox, credentials: HightouchCredentials) -> None:
     """Our run's end is seen although the sync is busy with the next run already."""
     box.hightouch.settings.requests_per_10_seconds = None
