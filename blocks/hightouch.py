@@ -182,6 +182,8 @@ class HightouchApi(ApiClient):
             raise AuthError("Hightouch", "the API key is masked", guidance=MASKED_GUIDANCE, sent=False)
         key = credentials.api_key.get_secret_value()
         self._known: dict[str, Sync] = {}
+        self.pages = 1
+        """How many requests the last list of all syncs took."""
         super().__init__(
             "Hightouch",
             credentials.base_url,
@@ -211,6 +213,7 @@ class HightouchApi(ApiClient):
             found += readable(page, _SYNC)
             if len(page) < _PAGE:
                 self._known.update({sync.id: sync for sync in found})
+                self.pages = offset // _PAGE + 1
                 return found
 
     async def learn(self, sync_ids: Collection[str]) -> None:

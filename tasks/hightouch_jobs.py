@@ -113,7 +113,8 @@ class HightouchVendor(AccountVendor[HightouchApi]):
     async def observe(self, handles: Sequence[JobHandle]) -> Mapping[str, JobStatus | Exception]:
         """A hundred syncs a request tell which runs go on; only those that may have ended are read."""
         async with self._connect() as api:
-            syncs = {s.id: s for s in await api.syncs(retry=False)} if len(handles) > _FEW else {}
+            lists = len(handles) > max(_FEW, api.pages)
+            syncs = {s.id: s for s in await api.syncs(retry=False)} if lists else {}
             seen: dict[str, JobStatus | Exception] = {}
             look: list[JobHandle] = []
             for handle in handles:

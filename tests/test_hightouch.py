@@ -359,6 +359,25 @@ async def test_many_runs_few_requests(
     assert seen[many.handles[7].job_id].state is JobState.FAILED
 
 
+async def test_a_few_runs_of_a_large_workspace(
+    box: Sandbox, credentials: HightouchCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once it is known how many pages the list has, runs that are no more than those are read one by one."""
+    monkeypatch.setattr("blocks.hightouch._PAGE", 50)
+    box.hightouch.settings.requests_per_10_seconds = None
+    box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
+    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    listed = len(box.hightouch.syncs) // 50 + 1
+    async with many.vendor.session():
+        many.handles = many.handles[:4]
+        await many.look()
+        assert box.requests.count(vendor="hightouch", path="/syncs$") == listed > 4
+        box.requests.clear()
+        seen, requests = await many.look()
+        assert (len(seen), requests) == (4, 4)
+        assert box.requests.count(vendor="hightouch", path="/runs$") == 4
+
+
 async def test_one_odd_sync_hides_no_other(
     box: Sandbox, credentials: HightouchCredentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
