@@ -129,20 +129,28 @@ class Gate:
     def built(self, nodes: Sequence[DbtNode]) -> None:
         """Take in how the transform ended, node by node."""
         self.failed_nodes = [n.unique_id for n in nodes if n.state in (DbtState.FAIL, DbtState.ERROR)]
-        self.skipped_nodes = [
-            n.unique_id for n in nodes if n.state is DbtState.SKIPPED and n.resource_type in _BUILT
-        ]
+        skipped = {n.unique_id: n.resource_type for n in nodes if n.state is DbtState.SKIPPED}
+        skipped |= self._not_reached(nodes)
+        self.skipped_nodes = [unique_id for unique_id, kind in skipped.items() if kind in _BUILT]
         # A test that was skipped though all that it reads was built: dbt stopped (`fail_fast`) before it came
         # to it, and nothing speaks for what it tests.
-        skipped = {n.unique_id for n in nodes if n.state is DbtState.SKIPPED}
         lineage = self.plan.lineage if self.plan else Lineage({})
         self.untested = [
-            n.unique_id
-            for n in nodes
-            if n.state is DbtState.SKIPPED
-            and n.resource_type in TESTS
-            and not skipped.union(self.failed_nodes).intersection(lineage.parents(n.unique_id))
+            unique_id
+            for unique_id, kind in skipped.items()
+            if kind in TESTS and not {*skipped, *self.failed_nodes}.intersection(lineage.parents(unique_id))
         ]
+
+    def _not_reached(self, nodes: Sequence[DbtNode]) -> dict[str, str]:
+        """What was to be built or tested and was not come to, with its kind.
+
+        A dbt Cloud job of several commands ends with the first that fails, and says nothing of the others.
+        """
+        if self.plan is None or not self.failed_nodes:
+            return {}
+        told = {node.unique_id for node in nodes} | self.plan.lineage.downstream(self.late_sources)
+        left = (self.plan.lineage.nodes[one] for one in self.plan.selected if one not in told)
+        return {node.unique_id: node.resource_type for node in left if node.materialized != "ephemeral"}
 
     @property
     def tainted(self) -> set[str]:

@@ -97,6 +97,18 @@ def test_a_test_that_was_left_out(a: DbtState, b: DbtState, held: bool) -> None:
 
 
 @pytest.mark.no_server
+def test_what_a_job_did_not_come_to() -> None:
+    """A dbt Cloud job ends with the first command that fails: what the next one builds is not fresh."""
+    gate = Gate(plan(), [], [])
+    on_b = CensusSync(credentials="x", sync_id=401)
+    of_a = {"unique_id": "model.x.a", "name": "a", "resource_type": "model"}
+    gate.built([DbtNode(**of_a, state=DbtState.SUCCESS)])
+    assert gate.why_not_activate(on_b) is None
+    gate.built([DbtNode(**of_a, state=DbtState.ERROR)])
+    assert gate.why_not_activate(on_b) == "b did not build cleanly"
+
+
+@pytest.mark.no_server
 def test_a_connection_that_did_not_land() -> None:
     """Without lineage, all activations wait for a connection that did not land."""
     late = JobResult(vendor="airbyte", resource_id="1", name="orders", state=JobState.FAILED)
