@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from prefect_sqlalchemy import SqlAlchemyConnector
 from pydantic import PlainSerializer, WithJsonSchema
-from sqlalchemy import Engine
+from sqlalchemy import Engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from blocks.reference import NAMED, UNSAVED, block_name, load_block
+from tasks.jobs.threads import in_thread
 
 T = TypeVar("T")
 
@@ -36,7 +36,8 @@ async def with_database(database: DatabaseRef, work: Callable[[Engine], T]) -> T
 
     Args:
         database: The block, or the name of a saved one.
-        work: What to do. It is not for an async engine.
+        work: What to do. It is not for an async engine. When this is cancelled, the database is asked to stop
+            what it does; not every driver can, so work does well to call `check_waiter` before it commits.
 
     Returns:
         What `work` returns.
@@ -47,14 +48,28 @@ async def with_database(database: DatabaseRef, work: Callable[[Engine], T]) -> T
     """
     connector = await load_block(SqlAlchemyConnector, database)
 
+    connections: list[Any] = []
+
+    def note(connection: Any, _: object) -> None:
+        connections.append(connection)
+
     def run() -> T:
         engine = connector.get_engine()
+        event.listen(engine, "connect", note)
         try:
             return work(engine)
         finally:
+            event.remove(engine, "connect", note)
             engine.dispose()  # a DuckDB file that stays open can't be opened by dbt
 
-    return await asyncio.to_thread(run)
+    def stop() -> None:
+        for connection in connections:
+            # psycopg's name for it, and that of DuckDB and SQLite; a driver without either is left alone.
+            end = getattr(connection, "cancel", None) or getattr(connection, "interrupt", None)
+            if end is not None:
+                end()
+
+    return await in_thread(run, stop=stop)
 
 
 def reason_of(error: SQLAlchemyError) -> str:

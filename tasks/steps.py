@@ -10,6 +10,7 @@ import asyncio
 import inspect
 import time
 from collections.abc import Callable
+from functools import partial
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
@@ -33,6 +34,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from blocks.reference import load_block
 from tasks.intervals import END_VAR, START_VAR, DataInterval, fill_in
 from tasks.jobs import InputError, JobFailed, JobResult, JobState, ToolParameters, without_traceback
+from tasks.jobs.threads import check_waiter, in_thread
 from tasks.sql import DatabaseRef, reason_of, with_database
 
 _STOP_PATIENCE = 5  # seconds for commands to end when they are told to; then they are killed
@@ -347,7 +349,7 @@ async def _call(step: PythonStep, interval: DataInterval | None) -> dict[str, An
             async with asyncio.timeout(step.timeout):
                 returned = await function(**arguments)
         else:
-            returned = await asyncio.to_thread(function, **arguments)
+            returned = await in_thread(partial(function, **arguments))
     except SystemExit as error:  # as the main function of a script ends; here it would take the flow with it
         if error.code not in (None, 0):
             said = f"exit code {error.code}" if isinstance(error.code, int) else str(error.code)
@@ -414,6 +416,7 @@ def _execute(engine: Engine, statements: list[str]) -> int | None:
     with engine.begin() as connection:
         # As they are: `:name` and `%` mean what they mean in the database.
         counts = [connection.exec_driver_sql(statement).rowcount for statement in statements]
+        check_waiter()  # of a run that was cancelled meanwhile nothing is to be seen
     told = [count for count in counts if count >= 0]
     return sum(told) if told else None
 

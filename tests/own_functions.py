@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 
 from prefect import flow
@@ -22,6 +23,11 @@ async def greet(name: str) -> str:
 
 async def sleep() -> None:
     await asyncio.sleep(60)
+
+
+def hold(path: str) -> None:
+    Path(path).touch()
+    time.sleep(600)
 
 
 def breaks() -> None:

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,7 @@ import pytest
 from prefect import flow
 from prefect_sqlalchemy import SqlAlchemyConnector
 from pydantic import TypeAdapter, ValidationError
+from sqlalchemy import Engine, event
 
 from blocks.reference import BlockNotFound
 from flows import RunFailed, StepState, elt_chain
@@ -221,6 +227,71 @@ async def test_statements_are_one_transaction(tmp_path: Path, database: SqlAlche
     assert "duckdb://" not in (result.message or "")
     with duckdb.connect(str(tmp_path / "w.duckdb")) as warehouse:
         assert warehouse.sql("SHOW TABLES").fetchall() == []
+
+
+async def test_statements_of_a_run_that_was_cancelled_are_not_committed(
+    database: SqlAlchemyConnector,
+) -> None:
+    """A thread can't be stopped, but what it does when nobody waits any more is taken back."""
+    began, go, ended = threading.Event(), threading.Event(), threading.Event()
+    ends: list[str] = []
+
+    def execute(*_: Any) -> None:
+        began.set()
+        go.wait(60)
+
+    def end(how: str) -> None:
+        ends.append(how)
+        ended.set()
+
+    listeners: list[tuple[str, Any]] = [
+        ("before_cursor_execute", execute),
+        ("commit", lambda _: end("commit")),
+        ("rollback", lambda _: end("rollback")),
+    ]
+    for name, listener in listeners:
+        event.listen(Engine, name, listener)
+    try:
+        step = asyncio.create_task(done(SqlStep(database=database, statements=["CREATE TABLE t (n int)"])))
+        await until(began.is_set)
+        step.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await step
+        ends.clear()  # DuckDB's dialect asks a few things of its own when it connects
+        ended.clear()
+        go.set()
+        await until(ended.is_set)
+    finally:
+        for name, listener in listeners:
+            event.remove(Engine, name, listener)
+    assert ends == ["rollback"]
+
+
+@pytest.mark.parametrize("kind", ["python", "sql"])
+def test_an_interrupt_ends_the_process_under_a_step_in_a_thread(kind: str, tmp_path: Path) -> None:
+    """Pitfall: Python waits at exit for the threads of `asyncio.to_thread`, however long they take."""
+    log = tmp_path / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603
+            [sys.executable, "-m", "tests.step_flows", kind, str(tmp_path)],
+            stdout=output,
+            stderr=output,
+            cwd=Path(__file__).parents[1],
+        )
+    try:
+        began = tmp_path / "began"
+        deadline = time.monotonic() + 120
+        while not began.exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        time.sleep(1)  # for the query to be in DuckDB's own code, under which a thread can't just be ended
+        process.send_signal(signal.SIGINT)
+        process.wait(120)  # a fifth of what the step takes
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode != -signal.SIGABRT, log.read_text()
 
 
 async def test_a_database_that_is_not_saved() -> None:

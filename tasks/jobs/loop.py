@@ -39,6 +39,7 @@ from prefect.utilities.annotations import quote
 from prefect.utilities.collections import StopVisiting, visit_collection
 
 from tasks.jobs.attempt import current_attempt, stop_if_superseded
+from tasks.jobs.threads import start_thread
 
 Interrupt = Literal["cancelled", "terminated"]
 T = TypeVar("T")
@@ -259,16 +260,11 @@ class LoopSession:
             self._looked = time.time()
 
     async def _run_in_thread(self, call: Submission) -> State[Any]:
-        outcome: concurrent.futures.Future[State[Any]] = concurrent.futures.Future()
         cancel_event = threading.Event()  # Prefect looks at it before it calls the task's function
         work = functools.partial(
             run_task_sync, **call.engine_arguments(), context={"cancel_event": cancel_event}
         )
-        # Not a ThreadPoolExecutor: Python waits for its threads at exit, however long they take.
-        threading.Thread(
-            target=copy_context().run, args=(_fulfil, outcome, work), name=call.task.name, daemon=True
-        ).start()
-        waiter = asyncio.wrap_future(outcome)
+        waiter = asyncio.wrap_future(start_thread(cast("Callable[[], State[Any]]", work), call.task.name))
         try:
             return await asyncio.shield(waiter)
         except asyncio.CancelledError:
@@ -314,13 +310,6 @@ current_session: ContextVar[LoopSession | None] = ContextVar("event_loop_session
 
 async def _as_coroutine(callback: Callable[[], Awaitable[object]]) -> None:
     await callback()
-
-
-def _fulfil(outcome: concurrent.futures.Future[T], work: Callable[[], T]) -> None:
-    try:
-        outcome.set_result(work())
-    except BaseException as exc:  # noqa: BLE001  # the task's waiter gets it, as from any executor
-        outcome.set_exception(exc)
 
 
 def _settle(future: concurrent.futures.Future[State[Any]], outcome: State[Any] | BaseException) -> None:
