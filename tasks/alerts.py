@@ -24,7 +24,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from blocks.http import VendorError
-from blocks.reference import BlockError, block_name
+from blocks.reference import BlockError, BlockNotFound, block_name, load_block
 from tasks.incidents import SEVERAL, Alarm, Bulletin, Change, Happened, compare
 from tasks.jobs import ToolParameters, without_traceback
 from tasks.memory import Memory, variable_memory
@@ -51,6 +51,9 @@ class Notifier(Protocol):
 
     def to(self, owner: str | None) -> str:
         """Where an owner is told, in one word that can be remembered."""
+
+    async def gone(self, to: str) -> bool:
+        """Whether nothing can be told there any more, because its block is not saved now."""
 
     def wants(self, alarm: Alarm) -> bool:
         """Whether it is to be told at all."""
@@ -162,6 +165,7 @@ class _Round:
 
     async def run(self, stack: AsyncExitStack) -> bool:
         changes = await self._ours(await self._compare(stack))
+        await self._follow(changes)
         by_place: defaultdict[str, list[Change]] = defaultdict(list)
         for change in changes:
             if change.happened is not Happened.SHRUNK:
@@ -197,6 +201,24 @@ class _Round:
             return list(changes)
         taken = await asyncio.gather(*(self._take(change, self._memory) for change in changes))
         return [change for change, ours in zip(changes, taken, strict=True) if ours]
+
+    async def _follow(self, changes: Sequence[Change]) -> None:
+        """Have an incident whose place is gone told where its owner is told now.
+
+        Else a block that is renamed while an incident is open would leave it open for ever, untold.
+        """
+        moved = [c for c in changes if c.incident.to != self._notifier.to(c.incident.owner)]
+        try:
+            async with asyncio.timeout(_TO_REMEMBER):
+                gone = {to for to in {c.incident.to for c in moved} if await self._notifier.gone(to)}
+        except Exception as error:  # noqa: BLE001 - where it was told before it is tried, and said what is wrong
+            self._log.debug("%s: %s", self._notifier.title, _words(error))
+            return
+        for change in moved:
+            if change.incident.to in gone:
+                to = self._notifier.to(change.incident.owner)
+                # As if it had not been told lately: where it is told now nobody has heard of it.
+                change.incident = change.incident.model_copy(update={"to": to, "told_at": None})
 
     async def _take(self, change: Change, memory: Memory) -> bool:
         opens = change.happened is Happened.OPENED and not change.known
@@ -271,6 +293,19 @@ def _words(error: BaseException) -> str:
     if isinstance(error, VendorError | BlockError):
         return str(error)
     return "no answer in time" if isinstance(error, TimeoutError) else type(error).__name__
+
+
+async def is_gone(kind: type[Block], name: str) -> bool:
+    """Whether no block of this name is saved.
+
+    Raises:
+        BlockUnusable: One is, and not filled in as it must be.
+    """
+    try:
+        await load_block(kind, name)
+    except BlockNotFound:
+        return True
+    return False
 
 
 def place(block: Block | str, kind: type[Block], secret: str) -> str:

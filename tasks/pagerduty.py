@@ -21,7 +21,7 @@ from pydantic import (
 from blocks.http import VendorError
 from blocks.pagerduty import Alert, Link, PagerDutyEvents, PagerDutyRouting, Severity
 from blocks.reference import NAMED, load_block, stored_block
-from tasks.alerts import Notifier, NotifyParameters, place
+from tasks.alerts import Notifier, NotifyParameters, is_gone, place
 from tasks.incidents import Alarm, Bulletin, Change, Level
 
 _AT_ONCE = 10
@@ -111,6 +111,9 @@ class _Events:
 
     def to(self, owner: str | None) -> str:
         return self._owners.get(owner or "", self._main)
+
+    async def gone(self, to: str) -> bool:
+        return to not in self._given and await is_gone(PagerDutyRouting, to)
 
     def wants(self, alarm: Alarm) -> bool:
         return self._of(alarm.level) is not None

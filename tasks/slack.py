@@ -26,7 +26,7 @@ from pydantic import (
 from blocks.fields import check_base_url
 from blocks.http import NotFoundError, VendorError
 from blocks.reference import NAMED, UNSAVED, block_name, load_block
-from tasks.alerts import Notifier, NotifyParameters, place
+from tasks.alerts import Notifier, NotifyParameters, is_gone, place
 from tasks.incidents import Alarm, Bulletin, Change, Happened
 from tasks.slack_api import SlackChat, post_webhook
 from tasks.slack_text import digest, root
@@ -164,6 +164,9 @@ class _Webhooks:
     def to(self, owner: str | None) -> str:
         return self._owners.get(owner or "", self._main)
 
+    async def gone(self, to: str) -> bool:
+        return to not in self._given and await is_gone(SlackWebhook, to)
+
     def wants(self, alarm: Alarm) -> bool:
         return True
 
@@ -199,6 +202,9 @@ class _Channels:
 
     def to(self, owner: str | None) -> str:
         return self._notify.owners.get(owner or "", self._main)
+
+    async def gone(self, to: str) -> bool:
+        return False  # a channel is no block: what is wrong with it, Slack says
 
     def wants(self, alarm: Alarm) -> bool:
         return True

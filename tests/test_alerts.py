@@ -8,11 +8,14 @@ import time
 from collections.abc import AsyncIterator
 from datetime import timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.states import Cancelled, Crashed
+from prefect_slack import SlackWebhook
 
+from blocks import PagerDutyRouting
 from flows import elt_chain, sync_connections
 from flows.alerts import bulletin, tell_of_end
 from flows.report import EltReport, Step, StepState
@@ -20,7 +23,7 @@ from sandbox import Sandbox, catalog
 from tasks.dbt.model import DbtNode, DbtState
 from tasks.incidents import FORGET, OF_RUNS, Bulletin, Change, Happened, Incident, compare, mark
 from tasks.memory import VariableMemory
-from tests.alerts_fixtures import NOON, alarm, channel, impatient, pagerduty, webhook
+from tests.alerts_fixtures import NOON, alarm, channel, impatient, pagerduty, routing, webhook
 from tests.flows_fixtures import Runs, box, runs, sources, starts, sync_parameters, task_runs
 
 __all__ = ["box", "impatient", "runs", "sources"]
@@ -346,6 +349,30 @@ async def test_a_block_that_is_gone_is_named(box: Sandbox, caplog: pytest.LogCap
     one = webhook(box, webhook="deleted-meanwhile")
     assert not await one.run("a")
     assert "no Slack Incoming Webhook block named 'deleted-meanwhile'" in caplog.text
+
+
+@pytest.mark.parametrize("way", [pagerduty, webhook])
+async def test_an_incident_goes_on_where_its_owner_is_told_now(
+    box: Sandbox, way: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An owner's block is renamed and the old one deleted: what is open is neither lost nor left open."""
+    old, new = (f"{name}-{uuid4().hex[:6]}" for name in ("old", "new"))
+    kind: Any = PagerDutyRouting if way is pagerduty else SlackWebhook
+    block = routing(box, "flight-ops") if way is pagerduty else SlackWebhook(url=box.slack_url("flight-ops"))
+    await block.save(old)
+    one = way(box, owners={"ops": old})
+    assert await one.run(alarm("a", owner="ops"), alarm("b", owner="ops"))
+    await block.save(new)
+    await kind.adelete(old)
+    one.notify = way(box, owners={"ops": new}).notify
+    monkeypatch.setattr("blocks.reference._KEPT", 0.0)  # a minute has passed
+    assert await one.run(alarm("a", owner="ops"), fine=["b"])
+    assert await one.run(fine=["a"])
+    if way is pagerduty:
+        assert [len(alert.triggers) for alert in box.pagerduty.alerts] == [2, 1]
+        assert box.pagerduty.open_of() == []
+    else:
+        assert len(box.slack.messages) == 3, "told, told on, and told that it is well again"
 
 
 # -- flows --------------------------------------------------------------------------------------------------
