@@ -43,7 +43,7 @@ class Watch:
 
 
 WATCHES = (
-    Watch("airbyte", "Airbyte, one per finished job among them", each=1),
+    Watch("airbyte", "Airbyte"),
     Watch("airbyte-config", "Airbyte, Config API"),
     Watch("fivetran", "Fivetran", pages=1, spare=5),
     Watch("dbt-cloud", "dbt Cloud"),

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Collection
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -104,14 +105,42 @@ class AirbyteClient:
                 async with asyncio.timeout(_EXPLAIN_WITHIN):
                     told = await config.job(job.id, retry=job.ended)
             except (VendorError, TimeoutError) as error:
-                # A server that is busy may tell later; one without such an API, or that refuses, will not.
-                if isinstance(error, AuthError | NotFoundError) or getattr(error, "wrong_address", False):
-                    self._explains_from = math.inf
-                elif isinstance(error, TimeoutError):
-                    self._explains_from = time.monotonic() + _EXPLAIN_AGAIN
-                _log.debug("no details to be had of Airbyte job %s: %s", job.id, error)
+                self._not_explained(error, f"job {job.id}")
                 return job
         return job.with_details(told)
+
+    async def explain_many(self, jobs: Collection[Job]) -> dict[str, Job]:
+        """Those of the public API's jobs, with their details, that the Config API's lists tell whole.
+
+        A hundred cost a request. What is not among them has to be asked for one by one.
+        """
+        found: dict[str, Job] = {}
+        async with self._explaining:
+            if time.monotonic() < self._explains_from or (config := self.config) is None:
+                return found
+            wanted = {job.id: job for job in jobs}
+            workspaces = self._of(PublicApi).workspaces_of({job.connection_id for job in jobs})
+            since = min(job.created_at for job in jobs)
+            try:
+                async with asyncio.timeout(_EXPLAIN_WITHIN):
+                    async for page in config.jobs_of(workspaces, since, pages=len(wanted) // 10 + 2):
+                        for told in page:
+                            job = wanted.pop(told.id, None)
+                            if job is not None and told.status == job.status and told.told:
+                                found[job.id] = job.with_details(told)
+                        if not wanted:
+                            break
+            except (VendorError, TimeoutError) as error:
+                self._not_explained(error, f"{len(wanted)} jobs")
+        return found
+
+    def _not_explained(self, error: VendorError | TimeoutError, what: str) -> None:
+        # A server that is busy may tell later; one without such an API, or that refuses, will not.
+        if isinstance(error, AuthError | NotFoundError) or getattr(error, "wrong_address", False):
+            self._explains_from = math.inf
+        elif isinstance(error, TimeoutError):
+            self._explains_from = time.monotonic() + _EXPLAIN_AGAIN
+        _log.debug("no details to be had of Airbyte %s: %s", what, error)
 
     def _of(self, api: type[_Api]) -> _Api:
         if api.kind not in self._open:

@@ -193,12 +193,18 @@ class ConfigApi(AirbyteApi):
         body = {"configId": connection_id, "pagination": {"pageSize": 20, "rowOffset": 0}}
         return _jobs(await self._list("/jobs/list", body, retry=retry))
 
-    async def jobs_since(
+    def jobs_since(
         self, created: datetime, connection_ids: Collection[str], *, pages: int
     ) -> AsyncIterator[list[Job]]:
         """`POST /jobs/list_for_workspaces`, page by page; nothing where the server does not know it."""
+        return self.jobs_of(self.workspaces_of(connection_ids), created, pages=pages)
+
+    async def jobs_of(
+        self, workspaces: Sequence[str], created: datetime, *, pages: int
+    ) -> AsyncIterator[list[Job]]:
+        """The same of these workspaces."""
         body: dict[str, Any] = {
-            "workspaceIds": self._workspaces_of(connection_ids),
+            "workspaceIds": list(workspaces),
             "createdAtStart": created.strftime("%Y-%m-%dT%H:%M:%SZ"),
             "orderByField": "createdAt",
             "orderByMethod": "DESC",
@@ -213,12 +219,6 @@ class ConfigApi(AirbyteApi):
             yield _jobs(reply)
             if len(reply.jobs) < PAGE:
                 return
-
-    def _workspaces_of(self, connection_ids: Collection[str]) -> list[str]:
-        """Of those that have been read; the jobs of another are asked for one by one."""
-        read = (self._known.get(connection_id) for connection_id in connection_ids)
-        found = {connection.workspace_id for connection in read if connection}
-        return sorted(found - {""}) or self._workspaces
 
     async def _list(self, path: str, body: dict[str, Any], *, retry: bool) -> _Jobs:
         try:

@@ -141,6 +141,11 @@ class Job(BaseModel):
         """Why the last attempt that has ended badly did so."""
         return next((a.failures for a in reversed(self.attempts or []) if a.failures), [])
 
+    @property
+    def told(self) -> bool:
+        """Whether it has its details; a list of an old server is short of some."""
+        return bool(self.streams) and (self.status != "failed" or bool(self.failures))
+
     def with_details(self, told: Job) -> Job:
         """The job with what another reading of it tells of attempts and streams."""
         details = {"attempts": told.attempts, "streams": told.streams, "rows_rejected": told.rows_rejected}
@@ -161,6 +166,12 @@ class AirbyteApi(ApiClient, ABC):
         """Limit what is listed to these workspaces; none given: all that are visible."""
         self._workspaces = list(workspaces)
         self._known: dict[str, Connection] = {}
+
+    def workspaces_of(self, connection_ids: Collection[str]) -> list[str]:
+        """Of those that have been read; the jobs of another are asked for one by one."""
+        read = (self._known.get(connection_id) for connection_id in connection_ids)
+        found = {connection.workspace_id for connection in read if connection}
+        return sorted(found - {""}) or self._workspaces
 
     async def connections(self) -> list[Connection]:
         """Every connection that is visible and not deleted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal, cast
@@ -35,6 +35,7 @@ _STATES = {
     "failed": JobState.FAILED,
     "cancelled": JobState.CANCELLED,
 }
+_EXPLAINED = ("succeeded", "failed", "incomplete")
 _FEW = 3  # up to so many jobs are read one by one: a list would cost as much
 _WINDOW = timedelta(seconds=5)
 _AT_ONCE = 10
@@ -134,6 +135,8 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
                     seen.update((job.id, job) for job in jobs if job.id in wanted)
                     if len(seen) == len(wanted):
                         break
+            if api.kind == "public":
+                await self._explain_together(client, seen.values())
             slots = asyncio.Semaphore(_AT_ONCE)
 
             async def look(job_id: str) -> tuple[str, JobStatus | Exception]:
@@ -146,20 +149,28 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
 
             return dict(await asyncio.gather(*map(look, sorted(wanted))))
 
+    async def _explain_together(self, client: AirbyteClient, jobs: Iterable[Job]) -> None:
+        """What a list of the Config API can tell of many jobs at once; `_explain` finds it here."""
+        new = [job for job in jobs if job.status in _EXPLAINED and not self._explained_as(job)]
+        if len(new) > _FEW:
+            self._explained |= await client.explain_many(new)
+
+    def _explained_as(self, job: Job) -> Job | None:
+        told = self._explained.get(job.id)
+        return told if told and told.status == job.status else None
+
     async def _explain(self, client: AirbyteClient, api: AirbyteApi, job: Job) -> Job:
         """The job with what is worth a request of its own: why it failed, and what became of its streams.
 
         Of a job that succeeded, too: one of which only a part landed is called so as well.
         """
         if api.kind == "config":
-            unsaid = not job.streams or (job.status == "failed" and not job.failures)
-            return await client.explain(job) if job.ended and unsaid else job
-        if job.status not in ("succeeded", "failed", "incomplete"):
-            self._explained.pop(job.id, None)
+            return await client.explain(job) if job.ended and not job.told else job
+        told = self._explained_as(job)
+        self._explained.pop(job.id, None)
+        if job.status not in _EXPLAINED:
             return job
-        told = self._explained.pop(job.id, None)
-        if told is None or told.status != job.status:
-            told = await client.explain(job)
+        told = told or await client.explain(job)
         if not job.ended:
             self._explained[job.id] = told
         return job.with_details(told)

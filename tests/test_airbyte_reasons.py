@@ -96,6 +96,18 @@ async def test_succeeded_in_part_over_the_public_api(sandbox: Sandbox) -> None:
     assert asked(sandbox, "/api/v1/jobs/") == 1
 
 
+async def test_many_that_end_together_over_the_public_api(sandbox: Sandbox) -> None:
+    """What it hides of them comes with a list of the Config API, not with a request for each."""
+    desks = [Desk(sandbox, server(sandbox, "public")) for _ in range(12)]
+    for desk in desks:
+        desk.behave(outcome="partial" if desk is desks[0] else "succeed", duration=1.5, rejected=3)
+    ends = await asyncio.gather(*(desk.run(poll=1.0, on_partial="warn") for desk in desks))
+    assert [end.state for end in ends] == [JobState.PARTIAL] + [JobState.SUCCEEDED] * 11
+    assert {end.rows_rejected for end in ends} == {3}
+    assert asked(sandbox, "/api/v1/jobs/get") <= 3
+    assert asked(sandbox, "/api/v1/jobs/list_for_workspaces") >= 1
+
+
 async def test_what_the_public_api_does_not_count(sandbox: Sandbox) -> None:
     """Attempts, streams and rejected rows of a job that went well are the Config API's, too."""
     limited = server(sandbox, "public").model_copy(update={"requests_per_second": 50.0})
