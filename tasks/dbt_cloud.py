@@ -35,7 +35,7 @@ from tasks.jobs import (
     run_job,
     without_traceback,
 )
-from tasks.jobs.journal import current_journal
+from tasks.jobs.journal import current_journal, entry_key
 
 __all__ = [
     "DbtCloud",
@@ -151,16 +151,17 @@ async def dbt_cloud_build(dbt: DbtCloud, exclude: Sequence[str] = ()) -> DbtResu
             steps = await _without_late(api, dbt, job, sorted(set(exclude))) if exclude else _steps(dbt, job)
             steps = add_vars(steps, dbt.vars, dbt.data_interval)
             overrides = overrides.model_copy(update={"steps_override": steps})
+        vendor = DbtCloudVendor(credentials)
         request = RunRequest(
             resource_id=dbt.job_id,
             name=dbt.name or job.name or dbt.job_id,
             owner=dbt.owner,
             cause=_cause(dbt),
             overrides=overrides,
-            retries=await _taken_up(api, dbt, overrides) if dbt.retry_from_failure else None,
+            retries=await _taken_up(api, vendor, dbt, overrides) if dbt.retry_from_failure else None,
             alone=dbt.policy.on_active != "queue",
         )
-        return await _build(api, DbtCloudVendor(credentials), request, dbt)
+        return await _build(api, vendor, request, dbt)
 
 
 @task(
@@ -191,8 +192,8 @@ async def dbt_cloud_retry(dbt: DbtCloud, run_id: str) -> DbtResult:
     credentials = await load_credentials(dbt.credentials)
     async with api_of(credentials) as api:
         job = await _lookup(api, dbt)
-        entry = await current_journal().entry(f"{DbtCloudVendor.name}:retry-{run_id}:{dbt.job_id}")
-        if entry is None or not (entry.open or (entry.result and entry.result.good)):
+        vendor = DbtCloudVendor(credentials)
+        if not await _begun(vendor, run_id, dbt.job_id):
             run = await _run_of(api, dbt, run_id)
             if why := _why_no_retry(run):
                 raise InputError(f"dbt Cloud run {run_id} can't be retried: {why}. Nothing was started.")
@@ -204,7 +205,7 @@ async def dbt_cloud_retry(dbt: DbtCloud, run_id: str) -> DbtResult:
             retries=int(run_id),
             alone=dbt.policy.on_active != "queue",
         )
-        return await _build(api, DbtCloudVendor(credentials), request, dbt)
+        return await _build(api, vendor, request, dbt)
 
 
 @task(name="dbt Cloud status", task_run_name="dbt Cloud run {run_id}", tags=["dbt"], cache_policy=NO_CACHE)
@@ -314,17 +315,23 @@ def _cause(dbt: DbtCloud) -> str:
     return f"{dbt.cause}, {ours}" if dbt.cause else ours
 
 
-async def _taken_up(api: DbtCloudApi, dbt: DbtCloud, overrides: Overrides) -> int | None:
+async def _begun(vendor: DbtCloudVendor, run_id: str | int, job_id: str) -> bool:
+    """Whether this flow run has begun to retry a run already: the engine then attaches to that."""
+    entry = await current_journal().entry(entry_key(vendor.name, f"retry-{run_id}", job_id, vendor.block))
+    return entry is not None and (entry.open or bool(entry.result and entry.result.good))
+
+
+async def _taken_up(
+    api: DbtCloudApi, vendor: DbtCloudVendor, dbt: DbtCloud, overrides: Overrides
+) -> int | None:
     """The run of an earlier attempt of this flow run that is to be taken up where it broke, if any.
 
     Only of this flow run: a scheduled run that begins anew runs the whole job.
     """
-    journal = current_journal()
-    ids = sorted(int(job_id) for job_id in await journal.job_ids(DbtCloudVendor.name, dbt.job_id))
+    ids = sorted(int(job_id) for job_id in await current_journal().job_ids(vendor.name, dbt.job_id))
     for run_id in reversed(ids):
-        entry = await journal.entry(f"{DbtCloudVendor.name}:retry-{run_id}:{dbt.job_id}")
-        if entry and (entry.open or (entry.result and entry.result.good)):
-            return run_id  # it was begun already: the engine attaches to it
+        if await _begun(vendor, run_id, dbt.job_id):
+            return run_id
     if not ids:
         return None
     run = await _run_of(api, dbt, str(ids[-1]))

@@ -18,7 +18,7 @@ from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 
 from blocks.http import TRANSIENT, RateLimited, VendorError, VendorUnavailable
-from tasks.jobs.journal import Entry, Journal, current_journal
+from tasks.jobs.journal import Entry, Journal, current_journal, entry_key
 from tasks.jobs.model import (
     AlreadyRunning,
     JobFailed,
@@ -139,10 +139,8 @@ class _Run(Generic[R]):
         self.starting: asyncio.Task[JobHandle] | None = None  # a start request is under way
         self.maybe_started = False  # a start request of unknown effect was sent
         self.asked: datetime | None = None  # when we set out to send the first such request
-        # Two accounts may know the same id; of two unsaved ones nothing lasting tells which is which.
-        account = f"@{vendor.block}" if vendor.block else ""
         self.entry = Entry(
-            key=journal.key(f"{vendor.name}:{request.operation}:{request.resource_id}{account}"),
+            key=journal.key(entry_key(vendor.name, request.operation, request.resource_id, vendor.block)),
             vendor=vendor.name,
             resource_id=request.resource_id,
             name=request.name,

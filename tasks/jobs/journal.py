@@ -336,6 +336,14 @@ def _page_text(entries: Iterable[Entry]) -> str:
     return "\n".join(lines) + f"\n\n<!-- journal {record} -->\n"
 
 
+def entry_key(vendor: str, operation: str, resource_id: str, block: str | None) -> str:
+    """What an entry is kept under.
+
+    Two accounts may know the same id; of two that are not saved nothing lasting tells which is which.
+    """
+    return f"{vendor}:{operation}:{resource_id}" + (f"@{block}" if block else "")
+
+
 def entries_of(artifact: Artifact) -> list[Entry]:
     """The entries of one page of a journal."""
     text = artifact.data
