@@ -130,27 +130,17 @@ class Gate:
         """Take in how the transform ended, node by node."""
         self.failed_nodes = [n.unique_id for n in nodes if n.state in (DbtState.FAIL, DbtState.ERROR)]
         skipped = {n.unique_id: n.resource_type for n in nodes if n.state is DbtState.SKIPPED}
-        skipped |= self._not_reached(nodes)
         self.skipped_nodes = [unique_id for unique_id, kind in skipped.items() if kind in _BUILT]
-        # A test that was skipped though all that it reads was built: dbt stopped (`fail_fast`) before it came
-        # to it, and nothing speaks for what it tests.
+        # A test that was skipped though all that it reads was built: dbt stopped before it came to it (with
+        # `fail_fast`; dbt Cloud between two commands), and nothing speaks for what it tests. All above it
+        # counts: of an ephemeral model between there is no result.
         lineage = self.plan.lineage if self.plan else Lineage({})
+        bad = {*skipped, *self.failed_nodes}
         self.untested = [
             unique_id
             for unique_id, kind in skipped.items()
-            if kind in TESTS and not {*skipped, *self.failed_nodes}.intersection(lineage.parents(unique_id))
+            if kind in TESTS and not bad.intersection(lineage.upstream([unique_id]))
         ]
-
-    def _not_reached(self, nodes: Sequence[DbtNode]) -> dict[str, str]:
-        """What was to be built or tested and was not come to, with its kind.
-
-        A dbt Cloud job of several commands ends with the first that fails, and says nothing of the others.
-        """
-        if self.plan is None or not self.failed_nodes:
-            return {}
-        told = {node.unique_id for node in nodes} | self.plan.lineage.downstream(self.late_sources)
-        left = (self.plan.lineage.nodes[one] for one in self.plan.selected if one not in told)
-        return {node.unique_id: node.resource_type for node in left if node.materialized != "ephemeral"}
 
     @property
     def tainted(self) -> set[str]:

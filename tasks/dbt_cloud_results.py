@@ -81,8 +81,10 @@ async def outcome_of(api: DbtCloudApi, run_id: str) -> Outcome:
     """
     run = await api.run(run_id, related=["run_steps"])
     found, manifest = await _files(api, run)
-    lineage = await _lineage(manifest)
-    nodes = _nodes(found, lineage)
+    project = await _project(manifest)
+    nodes = _nodes(found, project.lineage if project else None)
+    if project is not None and nodes:
+        nodes += _not_reached(run, project, {node.unique_id for node in nodes})
     if run.retrying_run_id is not None:
         before = await outcome_of(api, str(run.retrying_run_id))
         nodes = list({node.unique_id: node for node in [*before.nodes, *nodes]}.values())
@@ -136,13 +138,35 @@ async def _results(api: DbtCloudApi, run: Run, index: int | None) -> RunResults 
     return results if results.args.which in (None, "retry", *RUNS_NODES) else None
 
 
-async def _lineage(manifest: bytes | None) -> Lineage | None:
+async def _project(manifest: bytes | None) -> Project | None:
     if manifest is None:
         return None
     try:
-        return (await asyncio.to_thread(Project.read, manifest)).lineage
+        return await asyncio.to_thread(Project.read, manifest)
     except ValueError:
         return None
+
+
+def _not_reached(run: Run, project: Project, told: set[str]) -> list[DbtNode]:
+    """What a failed run did not come to: it ends with the first command that fails."""
+    missing: dict[str, str] = {}
+    for step in run.run_steps or []:
+        if step.status == _SKIPPED and step.command and command_of(step.command) in RUNS_NODES:
+            for unique_id in project.selected([step.command]):
+                if unique_id not in told and project.lineage.nodes[unique_id].materialized != "ephemeral":
+                    missing.setdefault(unique_id, step.command)
+    return [
+        DbtNode(
+            unique_id=unique_id,
+            name=_name(unique_id, project.lineage),
+            resource_type=_kind(unique_id),
+            state=DbtState.SKIPPED,
+            message=f"`{command}` was not reached",
+            group=project.lineage.nodes[unique_id].group,
+            owner=project.lineage.nodes[unique_id].owner,
+        )
+        for unique_id, command in missing.items()
+    ]
 
 
 def _nodes(found: Sequence[RunResults], lineage: Lineage | None) -> list[DbtNode]:

@@ -97,15 +97,27 @@ def test_a_test_that_was_left_out(a: DbtState, b: DbtState, held: bool) -> None:
 
 
 @pytest.mark.no_server
-def test_what_a_job_did_not_come_to() -> None:
-    """A dbt Cloud job ends with the first command that fails: what the next one builds is not fresh."""
-    gate = Gate(plan(), [], [])
-    on_b = CensusSync(credentials="x", sync_id=401)
-    of_a = {"unique_id": "model.x.a", "name": "a", "resource_type": "model"}
-    gate.built([DbtNode(**of_a, state=DbtState.SUCCESS)])
-    assert gate.why_not_activate(on_b) is None
-    gate.built([DbtNode(**of_a, state=DbtState.ERROR)])
-    assert gate.why_not_activate(on_b) == "b did not build cleanly"
+def test_a_test_behind_an_ephemeral_model() -> None:
+    """One that dbt skipped because of what failed above an ephemeral model says nothing of its other node."""
+    known = plan()
+    nodes = {
+        "model.x.through": node("through", "model.x.b"),
+        "test.x.both": node("both", "model.x.a", "model.x.through", attached_node="model.x.a"),
+    }
+    lineage = Lineage(Lineage.from_manifest({"nodes": nodes}).nodes | known.lineage.nodes)
+    gate = Gate(known.model_copy(update={"lineage": lineage}), [], [])
+    states = {
+        "model.x.a": DbtState.SUCCESS,
+        "model.x.b": DbtState.ERROR,
+        "test.x.both": DbtState.SKIPPED,
+    }
+    gate.built(
+        [
+            DbtNode(unique_id=id_, name=id_, resource_type=id_.split(".", maxsplit=1)[0], state=state)
+            for id_, state in states.items()
+        ]
+    )
+    assert gate.why_not_activate(HightouchSync(credentials="x", sync_id="9")) is None
 
 
 @pytest.mark.no_server
