@@ -46,8 +46,9 @@ async def with_database(database: DatabaseRef, work: Callable[[Engine], T]) -> T
         BlockNotFound: The database is the name of a block that is not saved.
         SQLAlchemyError: The database can't be reached or refuses; `reason_of` it is for people.
     """
-    connector = await load_block(SqlAlchemyConnector, database)
-
+    # The block keeps an engine, and others may have the same block: this is an engine of our own.
+    connector = (await load_block(SqlAlchemyConnector, database)).model_copy()
+    connector._engine = None  # noqa: SLF001 - a block has no public way to an engine of one's own
     connections: list[Any] = []
 
     def note(connection: Any, _: object) -> None:
@@ -59,7 +60,6 @@ async def with_database(database: DatabaseRef, work: Callable[[Engine], T]) -> T
         try:
             return work(engine)
         finally:
-            event.remove(engine, "connect", note)
             engine.dispose()  # a DuckDB file that stays open can't be opened by dbt
 
     def stop() -> None:

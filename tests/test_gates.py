@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tasks.gates import Finding, FreshnessGate, GateCheck, RowsGate, SqlGate, ch
 from tasks.jobs import Entry, EventLoopTaskRunner, InputError, JobResult, JobState
 from tasks.jobs.history import rows_of_earlier_runs
 from tasks.jobs.journal import current_journal
+from tasks.sql import with_database
 from tests.flows_fixtures import Runs, box, runs, sources, starts
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 from tests.test_flows import _chain
@@ -326,6 +328,13 @@ def test_the_day_of_a_new_measure(day: Any) -> None:
     """It is a day in UTC, as a form sends it and as YAML reads it."""
     gate = RowsGate(share_of_usual=0.5, usual_since=day)
     assert gate.usual_since == datetime(2026, 3, 1, tzinfo=UTC)
+
+
+async def test_two_gates_of_one_database(database: SqlAlchemyConnector) -> None:
+    """Each has connections of its own: one that ends, or is stopped, does nothing to the other's."""
+    one, other = await asyncio.gather(*(with_database(database, lambda engine: engine) for _ in range(2)))
+    assert one is not other
+    assert database._engine is None
 
 
 async def test_gates_are_checked(database: SqlAlchemyConnector) -> None:
