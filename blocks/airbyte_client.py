@@ -105,7 +105,12 @@ class AirbyteClient:
                 async with asyncio.timeout(_EXPLAIN_WITHIN):
                     told = await config.job(job.id, retry=job.ended)
             except (VendorError, TimeoutError) as error:
-                self._not_explained(error, f"job {job.id}")
+                # A server that is busy may tell later; one without such an API, or that refuses, will not.
+                if isinstance(error, AuthError | NotFoundError) or getattr(error, "wrong_address", False):
+                    self._explains_from = math.inf
+                elif isinstance(error, TimeoutError):
+                    self._explains_from = time.monotonic() + _EXPLAIN_AGAIN
+                _log.debug("no details to be had of Airbyte job %s: %s", job.id, error)
                 return job
         return job.with_details(told)
 
@@ -131,16 +136,9 @@ class AirbyteClient:
                         if not wanted:
                             break
             except (VendorError, TimeoutError) as error:
-                self._not_explained(error, f"{len(wanted)} jobs")
+                # Of the others each is asked for alone, and shows whether there is any use in that.
+                _log.debug("no details to be had of %d Airbyte jobs together: %s", len(wanted), error)
         return found
-
-    def _not_explained(self, error: VendorError | TimeoutError, what: str) -> None:
-        # A server that is busy may tell later; one without such an API, or that refuses, will not.
-        if isinstance(error, AuthError | NotFoundError) or getattr(error, "wrong_address", False):
-            self._explains_from = math.inf
-        elif isinstance(error, TimeoutError):
-            self._explains_from = time.monotonic() + _EXPLAIN_AGAIN
-        _log.debug("no details to be had of Airbyte %s: %s", what, error)
 
     def _of(self, api: type[_Api]) -> _Api:
         if api.kind not in self._open:

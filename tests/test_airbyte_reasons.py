@@ -108,6 +108,20 @@ async def test_many_that_end_together_over_the_public_api(sandbox: Sandbox) -> N
     assert asked(sandbox, "/api/v1/jobs/list_for_workspaces") >= 1
 
 
+@pytest.mark.parametrize("fault", [{"kind": "status", "status": 403}, {"kind": "delay", "delay": 30}])
+async def test_a_list_that_does_not_come(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, fault: dict[str, Any]
+) -> None:
+    """Costs no more than what it would have saved: each job is then asked for alone."""
+    monkeypatch.setattr("blocks.airbyte_client._EXPLAIN_WITHIN", 2.0)
+    desks = [Desk(sandbox, server(sandbox, "public")) for _ in range(6)]
+    for desk in desks:
+        desk.behave(outcome="partial", duration=1.0)
+    desks[0].fault(**fault, path="/list_for_workspaces")
+    ends = await asyncio.gather(*(desk.run(poll=1.0, on_partial="warn") for desk in desks))
+    assert {end.state for end in ends} == {JobState.PARTIAL}
+
+
 async def test_what_the_public_api_does_not_count(sandbox: Sandbox) -> None:
     """Attempts, streams and rejected rows of a job that went well are the Config API's, too."""
     limited = server(sandbox, "public").model_copy(update={"requests_per_second": 50.0})
