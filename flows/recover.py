@@ -2,9 +2,9 @@
 
 Started by the automations in `deployments/automations.yaml`: when a run is reported as Crashed, and when its
 heartbeats stop because the whole machine is gone and nobody is left to report it. The run attaches to the
-jobs that it had started at the vendors. On its schedule it looks for what the automations have missed, also
-because a run of its own died. No blocks of its own; for runs whose parameters name nobody to tell, those of
-its own `notify`.
+jobs that it had started at the vendors. Another deployment of it looks, on a schedule, for what the
+automations have missed, also because a rescue died itself. No blocks of its own; for runs whose parameters
+name nobody to tell, those of its own `notify`.
 """
 
 # No `from __future__ import annotations` here: see flows/elt.py.
@@ -13,18 +13,20 @@ from uuid import UUID
 
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterDeploymentId
 from prefect.client.schemas.objects import FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
-from prefect.runtime import deployment, flow_run
+from prefect.runtime import flow_run
 from prefect.states import Completed
 from pydantic import BaseModel, Field
 
 from flows.alerts import tell_of_end, tell_of_run, tell_run_is_well
 from flows.parameters import NotifyList
-from tasks.environment import is_elsewhere
+from tasks.environment import is_elsewhere, prefix_here
 from tasks.incidents import GIVEN_UP, RUN
-from tasks.missed import begin, close_dead_rescues, missed
+from tasks.missed import TRIES, begin, close_dead, missed
 from tasks.rescue import (
     PENDING_FOR,
     close_task_runs,
@@ -68,16 +70,20 @@ class Sweep(BaseModel):
 
     Attributes:
         missed: The runs that were dead and that nobody saw to. A rescue of each was begun.
-        closed: The runs of this deployment that had died themselves, and are Crashed now.
+        exhausted: Those whose rescue has failed so often that it was not begun again.
+        closed: The rescues and looks that had died themselves, and are Crashed now.
     """
 
-    missed: list[UUID]
-    closed: list[UUID]
+    missed: list[UUID] = []
+    exhausted: list[UUID] = []
+    closed: list[UUID] = []
 
     @property
     def state(self) -> State["Sweep"]:
         """The final state of the run that looked."""
         message = f"{len(self.missed)} dead runs were missed, {len(self.closed)} rescues were dead themselves"
+        if self.exhausted:
+            message += f"; {len(self.exhausted)} runs are dead whose rescue fails and fails"
         return Completed(name="Looked", message=message, data=self)
 
 
@@ -95,6 +101,7 @@ async def recover(
     silent_for: Annotated[float, Field(gt=0)] = 75.0,
     notify: NotifyList = [],  # noqa: B006 - never changed; a form shows it as an empty list
     pending_for: Annotated[float, Field(gt=0)] = PENDING_FOR,
+    rescuer: str | None = None,
 ) -> Rescue | Sweep:
     """Rescue a run whose process died.
 
@@ -102,8 +109,7 @@ async def recover(
     than this run's own.
 
     Args:
-        flow_run_id: The run. Without one, a rescue is begun of every run that the automations on this server
-            would have this deployment rescue, and that no run of it has seen to.
+        flow_run_id: The run. Without one, `rescuer` says whose work is looked after.
         at_most: How often a run is rescued before it is given up. 0 only tells.
         delay: Seconds after which it is started again, the second time twice as many, and so on. At least 10:
             a worker reports a crash twice within some seconds, and the later report would undo the rescue.
@@ -113,13 +119,20 @@ async def recover(
         notify: Who is told of runs whose own parameters name nobody.
         pending_for: Seconds after which a run that is Pending is dead: as long as whatever runs it may take
             to come up.
+        rescuer: Without a run: the name of the deployment of this flow that the automations start, without
+            the environment's prefix. A rescue by it is begun of every run that it should have rescued by
+            the automations on this server, and that no run of it has seen to.
 
     Returns:
         What was done, and why; without a run, what was missed.
+
+    Raises:
+        ValueError: There is neither a run nor a rescuer, or no such deployment.
     """
     async with get_client() as client:
         if flow_run_id is None:
-            return (await _sweep(client, silent_for, pending_for, notify)).state  # type: ignore[return-value]
+            looked = await _sweep(client, rescuer, silent_for, pending_for, notify)
+            return looked.state  # type: ignore[return-value]
         try:
             run = await client.read_flow_run(flow_run_id)
         except ObjectNotFound:
@@ -136,19 +149,57 @@ async def recover(
     return done.state  # type: ignore[return-value]  # Prefect takes a State for the result in it
 
 
-async def _sweep(client: PrefectClient, silent_for: float, pending_for: float, notify: NotifyList) -> Sweep:
-    """Begin what was missed, and say that this deployment is well if it was not."""
-    if deployment.id is None:
-        raise ValueError("Without a run to rescue this is for a run of a deployment: recover/dead-runs.")
-    me, log = UUID(str(deployment.id)), get_run_logger()
-    closed = await close_dead_rescues(client, me)
-    found = await missed(client, me, silent_for, pending_for)
-    for run in found:
+async def _sweep(
+    client: PrefectClient, rescuer: str | None, silent_for: float, pending_for: float, notify: NotifyList
+) -> Sweep:
+    """Begin what was missed, and say that the rescuing deployment is well if nothing was."""
+    log, me = get_run_logger(), await client.read_flow_run(UUID(str(flow_run.id)))
+    rescues = await _rescuer(client, rescuer)
+    closed = await close_dead(client, rescues)
+    if me.deployment_id and me.deployment_id != rescues:
+        closed += await close_dead(client, me.deployment_id, but=me.id)
+    found = await missed(client, rescues, silent_for, pending_for)
+    for run in found.dead:
         log.warning("The run %s (%s) is dead, and nobody has seen to it", run.name, run.id)
-        await begin(client, me, run)
-    if not found and notify:
-        await tell_run_is_well(await client.read_flow_run(UUID(str(flow_run.id))), log, notify)
-    return Sweep(missed=[run.id for run in found], closed=closed)
+        await begin(client, rescues, run)
+    for run in found.exhausted:
+        log.error("The run %s (%s) stays dead: %d rescues of it have failed", run.name, run.id, TRIES)
+    if notify and me.deployment_id:
+        await tell_run_is_well(me, log, notify)  # one that failed was told of
+    newest = None if found.dead or found.exhausted else await _newest(client, rescues)
+    if notify and newest and newest.state and newest.state.is_final():  # how another goes is not known yet
+        await tell_run_is_well(newest, log, notify)
+    return Sweep(
+        missed=[run.id for run in found.dead],
+        exhausted=[run.id for run in found.exhausted],
+        closed=closed,
+    )
+
+
+async def _rescuer(client: PrefectClient, name: str | None) -> UUID:
+    """The deployment that rescues, of this environment."""
+    if name is None:
+        raise ValueError(
+            "There is neither a run to rescue (`flow_run_id`) nor a deployment that rescues (`rescuer`), "
+            "such as dead-runs."
+        )
+    full = f"{recover.name}/{prefix_here()}{name}"
+    try:
+        return (await client.read_deployment_by_name(full)).id
+    except ObjectNotFound:
+        raise ValueError(
+            f"`rescuer`: there is no deployment {full} on this server, so nobody rescues."
+        ) from None
+
+
+async def _newest(client: PrefectClient, deployment_id: UUID) -> FlowRun | None:
+    """The newest run of a deployment: incidents are its deployment's, whichever of its runs speaks."""
+    found = await client.read_flow_runs(
+        flow_run_filter=FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id])),
+        sort=FlowRunSort.EXPECTED_START_TIME_DESC,
+        limit=1,
+    )
+    return found[0] if found else None
 
 
 async def _crashed(

@@ -8,12 +8,15 @@ import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import yaml
 from prefect import Flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
+from prefect.server.events.schemas.automations import EventTrigger as ServerTrigger
+from prefect.server.events.schemas.events import RelatedResource, Resource
 from prefect.utilities.importtools import import_object
 from prefect_slack import SlackWebhook
 
@@ -199,9 +202,32 @@ def test_every_flow_that_is_deployed_is_watched() -> None:
         if any(action.get("deployment") == "recover/dead-runs" for action in entry.actions)
     }
     deployed = {_flow(spec["entrypoint"]).name for spec in specs().values()}
-    # What `recover` itself leaves undone it begins anew on its schedule.
+    # What `recover` itself leaves undone another deployment of it begins anew, on its schedule.
     assert deployed - {recover.name} == watched
-    assert specs()["dead-runs"]["schedules"]
+    look, rescuer = specs()["missed-runs"], specs()["dead-runs"]
+    assert look["parameters"]["rescuer"] == "dead-runs"
+    assert look["schedules"]
+    assert not rescuer.get("schedules")
+    for seconds in ("silent_for", "pending_for"):
+        assert look["parameters"][seconds] == rescuer["parameters"][seconds]
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize(("flow_name", "told"), [("recover", False), ("elt-chain", True)])
+def test_of_whose_late_runs_is_told(flow_name: str, told: bool) -> None:
+    """By the server's own rule. After a night without a worker many looks are late, and it matters little."""
+    (entry,) = [entry for entry in read_entries() if "are late" in entry.name]
+    late = Resource({"prefect.resource.id": f"prefect.flow-run.{uuid4()}", "prefect.state-type": "SCHEDULED"})
+    related = [
+        RelatedResource({"prefect.resource.id": f"prefect.{role}.{uuid4()}", **labels})
+        for role, labels in (
+            ("deployment", {"prefect.resource.role": "deployment", "prefect.resource.name": "d"}),
+            ("flow", {"prefect.resource.role": "flow", "prefect.resource.name": flow_name}),
+        )
+    ]
+    trigger = ServerTrigger.model_validate(entry.trigger)
+    assert trigger.covers_resources(late, related) is told
+    assert specs()["missed-runs"]["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
 
 
 def _names(value: str | list[str]) -> list[str]:
