@@ -38,12 +38,12 @@ from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 
 from tasks.jobs.attempt import end_if_superseded
+from tasks.jobs.slots import ask_again_after, lease_is_gone
 
 ARTIFACT_KEY = "slots-held"
 
 _LEASE = 600.0  # seconds: for a run that was killed to be found dead and started again, several times over
 _RENEW = 60.0  # seconds
-_LONGEST_WAIT = 10.0  # seconds between two tries to get the slots; the server would have up to 30
 _RETRY = 10.0  # seconds between two tries while the server is away
 _AT_WORK = [StateType.RUNNING, StateType.PENDING, StateType.CANCELLING]
 _ERRORS = (PrefectHTTPStatusError, httpx.TransportError)
@@ -153,9 +153,9 @@ def _ask(client: SyncPrefectClient, limit: GlobalConcurrencyLimitResponse) -> UU
             [limit.name], slots=limit.limit, mode="concurrency", lease_duration=_LEASE, holder=holder
         )
     except PrefectHTTPStatusError as error:
-        if error.response.status_code != httpx.codes.LOCKED:
+        if (wait := ask_again_after(error)) is None:
             raise
-        return min(float(error.response.headers.get("Retry-After", 1)), _LONGEST_WAIT)
+        return wait
     found = ConcurrencyLimitWithLeaseResponse.model_validate_json(reply.content)
     if not found.limits:  # it has been deleted in this moment, which the next look sees
         return 1.0
@@ -189,7 +189,7 @@ def _renewed(client: SyncPrefectClient, lease: UUID) -> bool:
     try:
         client.renew_concurrency_lease(lease, lease_duration=_LEASE)
     except PrefectHTTPStatusError as error:
-        if error.response.status_code in (httpx.codes.GONE, httpx.codes.NOT_FOUND):
+        if lease_is_gone(error):
             return False
         raise
     return True

@@ -82,7 +82,7 @@ def nightly() -> Iterator[Nightly]:
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(exclusive, "_RETRY", 0.2)
-    monkeypatch.setattr(exclusive, "_LONGEST_WAIT", 0.5)
+    monkeypatch.setattr("tasks.jobs.slots._LONGEST_WAIT", 0.5)
 
 
 def test_killed_and_started_again(nightly: Nightly, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,8 @@ from prefect.client.schemas.responses import ConcurrencyLimitWithLeaseResponse
 from prefect.context import TaskRunContext
 from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
 
+from blocks.logs import Log
 from tasks.jobs.model import InputError
-from tasks.jobs.watcher import Log
 
 LEASE = 300.0
 """Seconds for which a slot stays taken after a sign of life: time to notice a dead run and start it again."""
@@ -204,8 +204,8 @@ async def _acquire(name: str) -> UUID | float:
                 [name], slots=1, mode="concurrency", lease_duration=LEASE, holder=_holder()
             )
     except PrefectHTTPStatusError as error:
-        if error.response.status_code == httpx.codes.LOCKED:
-            return min(float(error.response.headers.get("Retry-After", 1)), _LONGEST_WAIT)
+        if (wait := ask_again_after(error)) is not None:
+            return wait
         if error.response.status_code == httpx.codes.UNPROCESSABLE_ENTITY:
             raise InputError(f"The concurrency limit {name} is 0: no job can run.") from None
         return _RETRY
@@ -222,9 +222,21 @@ async def _renew(lease: UUID) -> None:
         async with get_client() as client:
             await client.renew_concurrency_lease(lease, lease_duration=LEASE)
     except PrefectHTTPStatusError as error:
-        if error.response.status_code in (httpx.codes.GONE, httpx.codes.NOT_FOUND):
+        if lease_is_gone(error):
             raise _Gone from None
         raise
+
+
+def ask_again_after(error: PrefectHTTPStatusError) -> float | None:
+    """Seconds after which to ask for slots again; None if it was not refused because none is free."""
+    if error.response.status_code != httpx.codes.LOCKED:
+        return None
+    return min(float(error.response.headers.get("Retry-After", 1)), _LONGEST_WAIT)
+
+
+def lease_is_gone(error: PrefectHTTPStatusError) -> bool:
+    """Whether a lease was not renewed because it has ended or was given back."""
+    return error.response.status_code in (httpx.codes.GONE, httpx.codes.NOT_FOUND)
 
 
 def _holder() -> ConcurrencyLeaseHolder | None:
