@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from urllib.parse import urlsplit
 
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 OWNER_TAG = "owner:"
 """What a tag begins with that names the owner of a connection, a deployment or a run."""
@@ -68,3 +68,9 @@ MASKED_GUIDANCE = (
     "Prefect stores parameters without their secrets: to retry or deploy this flow, save the block and "
     "pass its name."
 )
+
+
+def words_of(error: ValidationError) -> str:
+    """What a check of ours has said first, without what pydantic puts before it and without the input."""
+    said: str = error.errors(include_url=False, include_input=False)[0]["msg"]
+    return said.removeprefix("Value error, ")

@@ -19,8 +19,6 @@ from weakref import WeakKeyDictionary
 import httpx
 import stamina
 from aiolimiter import AsyncLimiter
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_run_logger
 from pydantic import TypeAdapter, ValidationError
 
 from blocks.errors import (
@@ -33,6 +31,7 @@ from blocks.errors import (
     VendorError,
     VendorUnavailable,
 )
+from blocks.logs import run_logger
 from blocks.replies import (
     RETRYABLE,
     bad_reply,
@@ -60,7 +59,6 @@ __all__ = [
 
 T = TypeVar("T")
 
-_log = logging.getLogger("elt.http")
 # Its own line says only that something will be tried again; ours says what, and why.
 logging.getLogger("stamina").setLevel(logging.ERROR)
 
@@ -310,10 +308,7 @@ class ApiClient:
 
 
 def _worth_repeating(error: Exception) -> bool | float:
-    try:
-        log: logging.Logger | logging.LoggerAdapter[Any] = get_run_logger()
-    except MissingContextError:
-        log = _log
+    log = run_logger("elt.http")
     if isinstance(error, RateLimited):
         # That may be minutes, in which nothing else would be heard of the task.
         log.warning("%s Pausing for %.0f s.", error, error.pause)

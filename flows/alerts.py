@@ -18,10 +18,11 @@ from prefect.utilities.urls import url_for
 from pydantic import TypeAdapter, ValidationError
 
 from blocks.fields import tagged_owner
+from blocks.logs import Log
 from flows.fan_out import submit
 from flows.parameters import Notify, NotifyList
 from flows.report import EltReport, Report, Step, StepState, node_key
-from tasks.alerts import Log, announce, notify_check, tell
+from tasks.alerts import announce, notify_check, tell
 from tasks.approval import Question
 from tasks.dbt.model import DbtNode, DbtState
 from tasks.incidents import OF_RUNS, RUN, Alarm, Bulletin, Level

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, TypeVar, cast
 
 from pydantic import Field, ValidationError
 
+from blocks.fields import words_of
 from flows.fan_out import submit
 from tasks.dbt_cloud_model import DbtCloud
 from tasks.dbt_core import DbtCore
@@ -46,7 +47,4 @@ def given(transform: T, interval: DataInterval | None) -> T:
         fields = {name: getattr(transform, name) for name in type(transform).model_fields}
         return cast("T", type(transform).model_validate({**fields, "data_interval": interval}))
     except ValidationError as error:
-        reason = error.errors(include_url=False, include_input=False)[0]["msg"]
-        raise InputError(
-            f"{transform.what} can't have a data interval: {reason.removeprefix('Value error, ')}"
-        ) from None
+        raise InputError(f"{transform.what} can't have a data interval: {words_of(error)}") from None

@@ -12,6 +12,7 @@ from prefect.exceptions import ObjectNotFound, ParameterTypeError
 from prefect.logging import get_run_logger
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from blocks.fields import words_of
 from flows.approval import Approval
 from flows.elt import elt_chain
 from flows.fan_out import Checking, submit
@@ -288,8 +289,7 @@ def _building(
         try:
             return DbtCore.model_validate({**transform.model_dump(), **chosen})
         except ValidationError as error:
-            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
-            raise InputError(f"{reason.removeprefix('Value error, ')} Nothing was started.") from None
+            raise InputError(f"{words_of(error)} Nothing was started.") from None
     step = ["dbt build", *(["--full-refresh"] if full_refresh else []), "--select", *_below(lineage, sources)]
     overrides = transform.overrides.model_copy(update={"steps_override": [" ".join(step)]})
     return transform.model_copy(update={"overrides": overrides})

@@ -11,6 +11,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import ValidationError
 
+from blocks.fields import words_of
 from flows.alerts import Telling
 from flows.fan_out import KNOWN_ERRORS, conclude, refuse, submit
 from flows.node_report import publish_build, publish_freshness
@@ -78,8 +79,7 @@ class StandingJob:
         try:
             return DbtCore.model_validate({**self._dbt.model_dump(), **nothing, "command": "build", **said})
         except ValidationError as error:
-            reason = error.errors(include_url=False, include_input=False)[0]["msg"]
-            raise DbtInputError(f"{reason.removeprefix('Value error, ')} Nothing was started.") from None
+            raise DbtInputError(f"{words_of(error)} Nothing was started.") from None
 
     def build(
         self, dbt: DbtCore, exclude: Sequence[str] = (), retry_of: UUID | None = None

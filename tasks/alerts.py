@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import AsyncExitStack
@@ -24,6 +23,7 @@ from prefect.states import Completed
 from pydantic import Field
 
 from blocks.http import VendorError
+from blocks.logs import Log
 from blocks.reference import BlockError, BlockNotFound, block_name, load_block
 from tasks.incidents import SEVERAL, Alarm, Bulletin, Change, Happened, compare
 from tasks.jobs import ToolParameters, without_traceback
@@ -33,7 +33,6 @@ PATIENCE = 20.0
 """Seconds for which a run waits for all that it has to tell, one way of telling beside the other."""
 
 _TO_REMEMBER = 4.0  # of them, seconds for reading what is open, and as many for writing it down
-Log = logging.Logger | logging.LoggerAdapter[Any]
 
 
 class Notifier(Protocol):

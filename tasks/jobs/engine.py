@@ -7,17 +7,15 @@ whose reply was lost is looked up before it is sent again; a restarted task atta
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 import anyio
-from prefect.exceptions import MissingContextError
-from prefect.logging import get_run_logger
 
 from blocks.http import TRANSIENT, RateLimited, VendorError, VendorUnavailable
+from blocks.logs import Log, run_logger
 from tasks.jobs.journal import Entry, Journal, current_journal, entry_key
 from tasks.jobs.model import (
     AlreadyRunning,
@@ -35,7 +33,7 @@ from tasks.jobs.outcome import accept, cancel_job, final_status, judge, result_o
 from tasks.jobs.quiet import without_traceback
 from tasks.jobs.runner import current_interrupt
 from tasks.jobs.slots import NoSlot, Slot
-from tasks.jobs.watcher import JobWatcher, Log, watcher_for
+from tasks.jobs.watcher import JobWatcher, watcher_for
 
 # The Date header, by which the vendor's clock is known, counts whole seconds; so may its job's times.
 _CLOCK_MARGIN = timedelta(seconds=3)
@@ -103,10 +101,7 @@ async def wait_for_job(
 
 def _logger() -> Log:
     without_traceback()
-    try:
-        return get_run_logger()
-    except MissingContextError:
-        return logging.getLogger("elt.jobs")
+    return run_logger("elt.jobs")
 
 
 def _age(vendor: JobVendor[Any], handle: JobHandle) -> float:

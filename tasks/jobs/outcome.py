@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from blocks.http import TRANSIENT, VendorError
+from blocks.logs import Log
 from tasks.jobs.model import (
     JobCancelled,
     JobFailed,
@@ -19,7 +20,6 @@ from tasks.jobs.model import (
     JobStatus,
     JobVendor,
 )
-from tasks.jobs.watcher import Log
 
 _LAST_LOOK = 5.0  # seconds
 _CANCEL_PATIENCE = 15.0  # seconds for cancelling at the vendor; a worker kills us after 30

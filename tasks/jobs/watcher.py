@@ -13,11 +13,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from blocks.http import TRANSIENT, BadReply, NotFoundError, RateLimited, VendorError, VendorUnavailable
+from blocks.logs import Log
 from tasks.jobs.model import JobHandle, JobPolicy, JobStatus, JobVendor
 from tasks.jobs.runner import at_loop_exit
 
 _log = logging.getLogger("elt.jobs")
-Log = logging.Logger | logging.LoggerAdapter[Any]
 
 
 @dataclass(eq=False)
