@@ -308,9 +308,11 @@ async def test_a_cancellation_says_that_it_goes_on(
 
 
 class _Many:
-    """A workspace of 250 syncs, as its list shows them, on top of the sandbox's HTTP."""
+    """A workspace of 250 syncs, as its list shows them, on top of the sandbox's HTTP; without a limit."""
 
     def __init__(self, box: Sandbox, credentials: HightouchCredentials) -> None:
+        box.hightouch.settings.requests_per_10_seconds = None
+        credentials = credentials.model_copy(update={"requests_per_10_seconds": 100_000})
         for number in range(1000, 1250):
             spec = catalog.SyncSpec(number, f"sync-{number}", TABLE, "n", "crm", "flight-ops")
             known = box.hightouch.syncs[SYNC]
@@ -340,9 +342,8 @@ async def test_many_runs_few_requests(
 ) -> None:
     """A look at 250 runs takes three requests, now and then one to make sure, and one per run that ended."""
     monkeypatch.setattr("tasks.hightouch_jobs._SURE_FOR", 60.0)
-    box.hightouch.settings.requests_per_10_seconds = None
     box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
-    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    many = _Many(box, credentials)
     async with many.vendor.session():
         await until(
             lambda: all(run.status == "processing" for s in box.hightouch.syncs.values() for run in s.runs)
@@ -364,9 +365,8 @@ async def test_a_few_runs_of_a_large_workspace(
 ) -> None:
     """Once it is known how many pages the list has, runs that are no more than those are read one by one."""
     monkeypatch.setattr("blocks.hightouch._PAGE", 50)
-    box.hightouch.settings.requests_per_10_seconds = None
     box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
-    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    many = _Many(box, credentials)
     listed = len(box.hightouch.syncs) // 50 + 1
     async with many.vendor.session():
         many.handles = many.handles[:4]
@@ -382,9 +382,8 @@ async def test_one_odd_sync_hides_no_other(
     box: Sandbox, credentials: HightouchCredentials, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A sync that can't be read in the list is read by its run; pages go on behind it."""
-    box.hightouch.settings.requests_per_10_seconds = None
     box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
-    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    many = _Many(box, credentials)
     reply = type(box.hightouch.syncs[SYNC]).reply
 
     def odd(sync: Any) -> dict[str, Any]:
@@ -405,9 +404,8 @@ async def test_one_odd_sync_hides_no_other(
 
 async def test_an_end_behind_the_next_run(box: Sandbox, credentials: HightouchCredentials) -> None:
     """Our run's end is seen although the sync is busy with the next run already."""
-    box.hightouch.settings.requests_per_10_seconds = None
     box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
-    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    many = _Many(box, credentials)
     ours = many.handles[0]
     async with many.vendor.session():
         await many.look()
@@ -424,9 +422,8 @@ async def test_an_end_that_looks_like_the_beginning(
 ) -> None:
     """A run that was over before the first look is not taken for the next one for ever."""
     monkeypatch.setattr("tasks.hightouch_jobs._SURE_FOR", 0.0)
-    box.hightouch.settings.requests_per_10_seconds = None
     box.hightouch.set(SYNC, outcome="stuck", duration=0.1)
-    many = _Many(box, credentials.model_copy(update={"requests_per_10_seconds": 100_000}))
+    many = _Many(box, credentials)
     ours = many.handles[0]
     many.start(1000)
     box.hightouch.finish_run(int(ours.job_id), "interrupted")
