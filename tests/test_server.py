@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -113,16 +114,49 @@ def test_stopped_and_killed_it_keeps_its_data(folder: Path, capsys: pytest.Captu
 
 
 @pytest.mark.timeout(300)
-def test_interrupted_start_leaves_nothing(folder: Path) -> None:
+@pytest.mark.parametrize("sign", ["postgres/data.new", "postgres/data/postmaster.pid"])
+def test_interrupted_start_leaves_nothing(folder: Path, sign: str) -> None:
     """Ctrl-C while the server is still starting ends what has been started."""
     data = folder / "data"
     command = [sys.executable, "-m", "deployments.server", "--data", str(data), "--port", str(free_port())]
     process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)  # noqa: S603
-    until("PostgreSQL and Prefect are started", lambda: (data / "server.log").exists())
+    until(f"{sign} is there", (data / sign).exists)
     process.send_signal(signal.SIGINT)
     told, _ = process.communicate(timeout=120)
     assert (process.returncode, told) == (0, "Stopped.\n")
     assert of(data) == []
+
+
+@pytest.mark.parametrize("program", ["initdb", "pg_ctl"])
+def test_interrupted_program_of_postgresql(
+    folder: Path, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a program of PostgreSQL has started by then ends with it, and the next start is a whole one."""
+    wait = subprocess.Popen.wait
+
+    def interrupted(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        assert isinstance(self.args, list)
+        if timeout and self.args[0].endswith(program) and "status" not in self.args:
+            while not psutil.Process(self.pid).children():
+                time.sleep(0.001)
+            raise KeyboardInterrupt
+        return wait(self, timeout)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(subprocess.Popen, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            Postgres(folder, durable=False).start()
+    assert of(folder) == []
+    with Postgres(folder, durable=False) as postgres, connect(postgres) as connection:
+        assert connection.server_version >= 180000
+
+
+def test_program_of_postgresql_that_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that does not end in its time is ended, and named."""
+    monkeypatch.setattr("deployments.server.postgres._INIT_SECONDS", 0.01)
+    with pytest.raises(ServerError, match=r"^initdb had not ended after 0\.01 s"):
+        Postgres(folder, durable=False).start()
+    assert of(folder) == []
 
 
 _START = """

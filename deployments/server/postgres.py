@@ -12,6 +12,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import signal
 import stat
 import subprocess
 import tempfile
@@ -19,6 +20,8 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
+
+import psutil  # type: ignore[import-untyped]
 
 if TYPE_CHECKING:
     import pwd
@@ -229,7 +232,7 @@ class Postgres:
             more = {"user": self._account.pw_uid, "group": self._account.pw_gid, "extra_groups": []}
         # Into a file: the server inherits what pg_ctl writes to, and a pipe would never end.
         with tempfile.TemporaryFile("w+") as output:
-            done = subprocess.run(  # noqa: S603 - the wheel's own programs
+            process = subprocess.Popen(  # noqa: S603 - the wheel's own programs
                 [str(self._binaries / program), *arguments],
                 cwd=self.folder,
                 # Messages in English, and no server of the user's own environment.
@@ -238,12 +241,34 @@ class Postgres:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                timeout=timeout,
-                check=False,
                 **more,
             )
+            try:
+                process.wait(timeout)
+            except BaseException as error:
+                _interrupt(process)
+                if isinstance(error, subprocess.TimeoutExpired):
+                    raise ServerError(f"{program} had not ended after {timeout:g} s.") from None
+                raise
             output.seek(0)
-            return subprocess.CompletedProcess(done.args, done.returncode, output.read())
+            return subprocess.CompletedProcess(process.args, process.returncode, output.read())
+
+
+def _interrupt(process: subprocess.Popen[bytes]) -> None:
+    """End a program and all that it has started.
+
+    Killed, initdb would leave a process that still writes, and pg_ctl a server that nobody knows. At SIGINT
+    initdb removes what it has made, and pg_ctl stops the server that it is starting.
+    """
+    with contextlib.suppress(psutil.NoSuchProcess):
+        family = psutil.Process(process.pid)
+        members = [family, *family.children(recursive=True)]
+        process.send_signal(signal.SIGINT)
+        _, left = psutil.wait_procs(members, _STOP_SECONDS)
+        for member in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.kill()
+    process.wait()
 
 
 def _short_name(path: Path) -> str:
