@@ -25,7 +25,8 @@ from tasks.intervals import DataInterval, Unit, split, zone_of
 from tasks.jobs import EventLoopTaskRunner, without_traceback
 
 Day = Annotated[
-    date | datetime,
+    # In this order: of a text, pydantic takes a midnight for the day, and its offset would be lost.
+    datetime | date,
     # A form shows a calendar; in a deployment and by API it may be a time as well.
     WithJsonSchema({"type": "string", "format": "date"}),
 ]
@@ -77,7 +78,7 @@ def backfill(
     run of the same skips them, whatever became of this one.
 
     Args:
-        start: The first day, or moment, in `timezone`.
+        start: The first day, or moment; in `timezone` where it has no offset.
         end: The first day, or moment, that is not built any more.
         every: How long an interval is: an hour, day, week, month or year.
         count: So many of these.

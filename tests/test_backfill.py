@@ -12,9 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 from uuid import UUID
+from zoneinfo import ZoneInfo
 
 import duckdb
 import psutil  # type: ignore[import-untyped]
@@ -23,6 +25,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from flows import BackfillFailed, BackfillReport, backfill
+from flows.backfill import _moment
 from flows.backfilling import for_interval
 from tasks.backfill_memory import BELOW, Models, artifact_key
 from tasks.dbt.parts import Parts, parsed_alike
@@ -396,6 +399,27 @@ async def test_what_is_parsed_once(shop: Project, reads: bool) -> None:
         await check_dbt(for_interval(shop.core(), interval, Path("target", month)))
     target = shop.folder / "target"
     assert parsed_alike(target / "01", target / "02") is not reads
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize(
+    ("said", "moment"),
+    [
+        ("2026-01-01", "2026-01-01T00:00:00+01:00"),
+        (date(2026, 1, 1), "2026-01-01T00:00:00+01:00"),
+        ("2026-01-01T06:00:00", "2026-01-01T06:00:00+01:00"),
+        ("2026-01-01T00:00:00", "2026-01-01T00:00:00+01:00"),
+        ("2026-01-01T00:00:00-05:00", "2026-01-01T06:00:00+01:00"),
+        ("2026-01-01T00:00:00Z", "2026-01-01T01:00:00+01:00"),
+    ],
+)
+def test_the_offset_of_a_midnight(tmp_path: Path, said: str | date, moment: str) -> None:
+    """Without an offset it is in the time zone of the range; an offset counts, at midnight too."""
+    given = backfill.validate_parameters(
+        {"start": said, "end": said, "dbt": {"project_dir": str(tmp_path)}, "timezone": "Europe/Berlin"}
+    )
+    for end in ("start", "end"):
+        assert _moment(given[end], ZoneInfo("Europe/Berlin")).isoformat() == moment
 
 
 @pytest.mark.parametrize(
