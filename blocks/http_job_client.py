@@ -15,7 +15,7 @@ from blocks.http import ApiClient, AuthError, BadReply, TokenAuth, VendorError
 from blocks.http_job import HttpJob
 from blocks.http_job_auth import BasicAuth, BearerToken, ClientCredentials, HeaderToken, SignIn, secrets_of
 from blocks.http_job_fill import Value, Values, fill, fill_document, fill_path, search
-from blocks.http_job_parts import Cancel, Listing, Lookup, Request, Start
+from blocks.http_job_parts import Cancel, Listing, Lookup, Query, Request, Start
 from blocks.replies import bad_reply
 
 
@@ -122,24 +122,37 @@ class HttpJobApi(ApiClient):
         values_then, problem = self._looked_up[key]
         return {**values_then, **self._session}, problem
 
-    def rendered(self, request: Request, values: Values) -> Hashable:
+    def rendered(self, query: Query, values: Values) -> Hashable:
         """What makes two requests one and the same."""
-        return (fill_path(request.path, values), *(fill(text, values) for text in request.params.values()))
+        return (
+            fill_path(query.path, values),
+            *(fill(text, values) for text in query.params.values()),
+            text_of(fill_document(query.body, values)),
+        )
+
+    async def query(self, query: Query, values: Values) -> Reply:
+        """Send a request that changes nothing, once; its reply has a document.
+
+        Raises:
+            VendorError: One of the tree in `blocks/errors.py`.
+        """
+        body = fill_document(query.body, values)
+        return await self._send(query, values, query.method, asks=True, body=body)
 
     async def _look_up(self, lookup: Lookup, values: Values) -> tuple[dict[str, Value], str | None]:
-        reply = await self.request(lookup, values, "GET")
+        reply = await self.query(lookup, values)
         found = {name: search(path, reply.document) for name, path in lookup.values.items()}
         if missing := [name for name, value in found.items() if not isinstance(value, str | int | float)]:
             path = lookup.values[missing[0]]
             raise BadReply(
-                self.vendor, f"its reply has no {path}", method="GET", path=lookup.path, sent=False
+                self.vendor, f"its reply has no {path}", method=lookup.method, path=lookup.path, sent=False
             )
         problem = search(lookup.problem, reply.document)
         return found, problem if isinstance(problem, str) and problem else None
 
     async def start(self, start: Start, values: Values) -> Reply:
         """Send a start, once."""
-        return await self.request(
+        return await self._send(
             start,
             values,
             start.method,
@@ -150,40 +163,41 @@ class HttpJobApi(ApiClient):
 
     async def cancel(self, cancel: Cancel, values: Values) -> Reply:
         """Send a cancellation, once."""
-        return await self.request(cancel, values, cancel.method, body=fill_document(cancel.body, values))
+        return await self._send(cancel, values, cancel.method, body=fill_document(cancel.body, values))
 
     async def items(self, listing: Listing, values: Values) -> dict[str, Any]:
         """The jobs of a list by their ids, in its order."""
-        reply = await self.request(listing, values, "GET")
+        reply = await self.query(listing, values)
         found = search(listing.items, reply.document)
         if found is None and reply.document is not None:
             found = []  # a list that is left out when there is nothing in it
         if not isinstance(found, list):
             raise BadReply(
-                self.vendor, f"its reply has no list at {listing.items}", method="GET", path=listing.path
+                self.vendor,
+                f"its reply has no list at {listing.items}",
+                method=listing.method,
+                path=listing.path,
+                sent=False,
             )
         ids = [search(listing.id, item) for item in found]
         return {str(i): item for i, item in zip(ids, found, strict=True) if i is not None}
 
-    async def request(
+    async def _send(
         self,
         request: Request,
         values: Values,
         method: str,
         *,
+        asks: bool = False,
         body: Any = None,
         form: Mapping[str, str] | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> Reply:
-        """Send a declared request, once, and read the document of its reply; an empty reply has none.
-
-        Raises:
-            VendorError: One of the tree in `blocks/errors.py`.
-        """
+        """Send a declared request, once, and read the document of its reply; one that asks must have one."""
         path = _path(self.vendor, request.path, values)
         params = {name: fill(text, values) for name, text in request.params.items()} or None
-        # Asking for a document starts nothing, however it ends.
-        where: dict[str, Any] = {"method": method, "path": path, "sent": method != "GET"}
+        # Asking starts nothing, however it ends.
+        where: dict[str, Any] = {"method": method, "path": path, "sent": not asks}
         response = await self._exchange(where, params=params, json=body, data=form, headers=headers)
         document: Any = None
         if response.text.strip():
@@ -191,7 +205,7 @@ class HttpJobApi(ApiClient):
                 document = response.json()
             except ValueError:
                 raise bad_reply(self.vendor, response, where) from None
-        elif method == "GET":
+        elif asks:
             raise bad_reply(self.vendor, response, where)
         self._take_clock(response)
         return Reply(response.status_code, document, response.headers, response.text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, Field, JsonValue, TypeAdapter, ValidationError, model_validator
 
@@ -49,7 +49,7 @@ class Parameter(Part):
 
 
 class Request(Part):
-    """A request without a body."""
+    """What every request has."""
 
     path: str = Field(pattern=r"^/", description="Appended to the base URL, with {placeholders}.")
     params: dict[str, str] = Field(default={}, description="The query, with {placeholders}.")
@@ -57,6 +57,25 @@ class Request(Part):
     def names(self) -> set[str]:
         """The placeholders in it."""
         return names_in(self.path) | names_in(dict(self.params))
+
+
+class Query(Request):
+    """A request that only asks, and is sent again without a second thought."""
+
+    method: Literal["GET", "POST"] = Field(
+        default="GET", description="POST only for an API that is asked by it, such as GraphQL."
+    )
+    body: JsonValue = Field(default=None, description="Sent as JSON with a POST, with {placeholders}.")
+
+    @model_validator(mode="after")
+    def _body_of_a_post(self) -> Self:
+        if self.body is not None and self.method == "GET":
+            raise ValueError("a body is sent with method POST only")
+        return self
+
+    def names(self) -> set[str]:
+        """The placeholders in it."""
+        return super().names() | names_in(self.body)
 
 
 class Reading(Part):
@@ -72,13 +91,13 @@ class Reading(Part):
     ended_at: JmesPath | None = Field(default=None, description="For the duration.")
 
 
-class Poll(Request):
+class Poll(Query):
     """The request that reads one job, by {job_id}."""
 
     read: Reading
 
 
-class Listing(Request):
+class Listing(Query):
     """The request that reads many jobs at once, the newest among them."""
 
     items: JmesPath = Field(description="The list of jobs in the reply.")
@@ -182,7 +201,7 @@ class Cancel(Request):
         return super().names() | names_in(self.body)
 
 
-class Lookup(Request):
+class Lookup(Query):
     """A request before a start: whether something exists and may be run, and what else is to be known of it.
 
     What it reads becomes placeholders of all that comes after it. `name` is also the job's name for people,

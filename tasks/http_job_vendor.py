@@ -279,7 +279,7 @@ class HttpJobVendor(AccountVendor[HttpJobApi]):
         assert poll is not None  # noqa: S101 - for the type checker; the caller looks
         async with slots:
             try:
-                reply = await api.request(poll, {**values, "job_id": handle.job_id}, "GET")
+                reply = await api.query(poll, {**values, "job_id": handle.job_id})
             except VendorError as error:
                 return error
         return self._status(poll.read, reply.document)

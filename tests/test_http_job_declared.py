@@ -91,6 +91,8 @@ def declared(**changes: Any) -> HttpJob:
         ({"parameters__report__default": "x"}, "parameters.report.default: Input should be a valid integer"),
         ({"parameters__report__type": "guid"}, "parameters.report.type"),
         ({"poll": None}, "poll: there must be a poll, a listing, or both"),
+        ({"poll__body": {"run": "{job_id}"}}, "poll.*a body is sent with method POST only"),
+        ({"poll__method": "PUT"}, "poll.method"),
         ({"poll__path": "/runs/latest"}, "poll: without {job_id} it can't tell which job it reads"),
         ({"poll__read__state": "'active'"}, "poll.read.state.*says the same of every reply"),
         ({"poll__read__state": "status == `active`"}, "poll.read.state.*a text is written 'so'"),
@@ -466,3 +468,38 @@ async def test_nobody_there(api: Api) -> None:
     job = declared(base_url="http://127.0.0.1:9/api")
     with pytest.raises(VendorUnavailable, match=r"Reports .*the connection was refused"):
         await run(job, outage=0)
+
+
+async def test_asked_by_post(api: Api) -> None:
+    """An API that is read by POST is asked with the declared bodies; asking is no start."""
+    asked: list[tuple[str, Any]] = []
+
+    def answer(_: str, path: str, body: Any) -> tuple[int, Any] | None:
+        name = path.rsplit("/", 1)[-1]
+        if name == "5":
+            api.lose_starts = 1
+            return None
+        asked.append((name, body))
+        if len(asked) in (1, 4):
+            return 503, {"error": "a bad moment"}
+        if name == "describe":
+            return 200, {"title": "Sales"}
+        if name == "list":
+            return 200, {"runs": [{**run, "at": datetime.now(UTC).isoformat()} for run in api.runs.values()]}
+        api.runs[body["run"]]["status"] = "done"
+        return 200, {"run": api.runs[body["run"]]}
+
+    api.answer = answer
+    ask = {"method": "POST"}
+    job = declared(
+        base_url=api.url,
+        start={"path": "/reports/{report}", "job_id": {"path": "run.id"}},
+        lookups=[{**ask, "path": "/describe", "body": {"report": "{report}"}, "values": {"name": "title"}}],
+        poll={**ask, "path": "/get", "body": {"run": "{job_id}"}, "read": {"state": "run.status"}},
+        listing={**ask, "path": "/list", "body": {"of": "{report}"}, "items": "runs", "id": "id"},
+        find={"created_at": "at"},
+    )
+    assert (await run(job)).state is JobState.SUCCEEDED
+    describe, get = ("describe", {"report": 5}), ("get", {"run": "1"})
+    assert asked == [describe, describe, ("list", {"of": 5}), get, get]
+    assert len(api.runs) == 1
