@@ -8,7 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -105,8 +105,8 @@ class Runs:
     def process(self, run: UUID) -> psutil.Process:
         """The process in which the flow runs."""
         # A runner writes the number alone, some with the host in front.
-        pid = str(self.read(run).infrastructure_pid).rsplit(":", 1)[-1]
-        return psutil.Process(int(pid))
+        pid = until(f"the process of {run} is known", lambda: self.read(run).infrastructure_pid)
+        return psutil.Process(int(str(pid).rsplit(":", 1)[-1]))
 
     def automations(self, name: str) -> list[dict[str, Any]]:
         url = f"{self.api_url}/automations/related-to/prefect.deployment.{self.deployment(name).id}"
@@ -195,5 +195,5 @@ def background(command: list[str], log: Path, **env: str) -> Iterator[None]:
                 process.kill()
                 process.wait()
             for child in family:
-                if child.is_running():
+                with suppress(psutil.NoSuchProcess):
                     child.kill()

@@ -18,7 +18,7 @@ from tests.sandbox_fixtures import sources
 
 __all__ = ["collected", "postgres", "sources"]
 
-pytestmark = PREFECTS_SOCKETS
+pytestmark = [*PREFECTS_SOCKETS, pytest.mark.timeout(600)]
 
 SANDBOX_DBT = Path(__file__).parent.parent / "sandbox" / "dbt"
 

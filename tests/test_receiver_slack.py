@@ -84,6 +84,7 @@ def block(target: Target, **fields: Any) -> SlackCommand:
 @pytest.fixture
 async def slack(target: Target, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Slack]:
     monkeypatch.setattr(receiver_slack, "_LOOK", 0.1)
+    monkeypatch.setattr(receiver_slack, "_ANSWER", 60.0)  # the machine may be busy
     source, answers = SlackSource(block(target, channels=["C0009"]), "main"), Answers()
     async with running([source]) as client:
         monkeypatch.setattr(source, "_slack", httpx.AsyncClient(transport=httpx.MockTransport(answers.take)))

@@ -86,14 +86,18 @@ def test_waits_overlap() -> None:
 def test_sync_tasks_run_on_few_threads() -> None:
     """Sync tasks run off the loop, at most `max_threads` at a time, and don't hold async tasks up."""
     running, peak, lock = 0, 0, threading.Lock()
+    both, answered = threading.Barrier(2), threading.Event()
 
     @task
-    def block(_: int) -> int:
+    def block(number: int) -> int:
         nonlocal running, peak
         with lock:
             running += 1
             peak = max(peak, running)
-        time.sleep(0.2)
+        if number < 2:
+            both.wait(60)
+            answered.wait(60)
+        time.sleep(0.05)
         with lock:
             running -= 1
         return threading.get_ident()
@@ -102,7 +106,8 @@ def test_sync_tasks_run_on_few_threads() -> None:
     def run() -> tuple[int, bool]:
         blocked = block.map(range(12))
         answer = double.submit(21).result()
-        busy = not all(future.wrapped_future.done() for future in blocked)
+        busy = not any(future.wrapped_future.done() for future in blocked)
+        answered.set()
         blocked.wait()
         return answer, busy
 
@@ -138,14 +143,16 @@ def test_context_of_the_caller_reaches_the_task_and_no_other() -> None:
 @pytest.mark.parametrize("by_parameter", [False, True])
 def test_max_concurrency_bounds_running_tasks(by_parameter: bool) -> None:
     """Never more than `max_concurrency` tasks run, whether the decorator or the flow sets it."""
-    running, peak = 0, 0
+    running, peak, three = 0, 0, asyncio.Barrier(3)
 
     @task
-    async def count(_: int) -> None:
+    async def count(number: int) -> None:
         nonlocal running, peak
         running += 1
         peak = max(peak, running)
-        await asyncio.sleep(0.1)
+        if number < 3:
+            await three.wait()
+        await asyncio.sleep(0.05)
         running -= 1
 
     def body() -> None:
@@ -477,7 +484,7 @@ class Script:
         return Counter(re.sub(r" \d+$", "", line) for line in lines)
 
     def wait_for(self, event: str, count: int) -> None:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while self.events()[event] < count:
             assert time.monotonic() < deadline, f"no {count} x {event!r}: {self.events()}"
             time.sleep(0.1)
@@ -562,7 +569,7 @@ def pool() -> Iterator[str]:
     worker = subprocess.Popen(command, env=environment, start_new_session=True)  # noqa: S603
     try:
         with get_client(sync_client=True) as client:
-            deadline = time.monotonic() + 60
+            deadline = time.monotonic() + 120
             named = {"work_pools": {"name": {"any_": [name]}}}  # other tests have pools of their own
             while not client.request("POST", "/work_pools/filter", json=named).json():
                 assert time.monotonic() < deadline

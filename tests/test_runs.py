@@ -46,11 +46,11 @@ async def test_killed_in_mid_sync(desk: Desk) -> None:
 async def test_killed_while_the_vendor_thinks(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """SIGKILL while the start is under way: the job that came of it is found, and no other is started."""
     desk.behave(duration=1)
-    desk.fault(kind="delay", delay=2.0, method="POST", path="/jobs$")
+    desk.fault(kind="delay", delay=10.0, method="POST", path="/jobs$")
     async with killed(desk) as run:
         await until(lambda: desk.posts > 0)
     assert desk.jobs == []
-    monkeypatch.setattr(AirbyteVendor, "grace", 5.0)
+    monkeypatch.setattr(AirbyteVendor, "grace", 30.0)
     result = await run_again(run)
     assert desk.jobs == [result.job_id]
     assert desk.posts == 1

@@ -132,8 +132,9 @@ def test_every_connection_loads_its_table(box: Sandbox, airbyte: httpx.Client, n
     assert query(box, f"FROM raw_{name}.{name} SELECT count(*)") == [(rows,)]
 
 
-def test_job_tells_its_life(airbyte: httpx.Client) -> None:
+def test_job_tells_its_life(box: Sandbox, airbyte: httpx.Client) -> None:
     """A job is pending without a duration, then running, then succeeded with times and counts."""
+    box.airbyte.set("airlines", duration=4)
     before = datetime.now(UTC).replace(microsecond=0)
     first = start(airbyte, "airlines").json()
     assert (first["status"], first["jobType"], first["connectionId"]) == ("pending", "sync", IDS["airlines"])
@@ -213,8 +214,9 @@ def test_sync_waits_for_a_locked_warehouse_and_then_fails(box: Sandbox, airbyte:
 # -- refusals --
 
 
-def test_running_sync_is_not_started_again(airbyte: httpx.Client) -> None:
+def test_running_sync_is_not_started_again(box: Sandbox, airbyte: httpx.Client) -> None:
     """A second start while a sync runs is 409 try-again-later and names the connection."""
+    box.airbyte.set("airlines", duration=60)
     job_id(airbyte, "airlines")
     reply = start(airbyte, "airlines")
     assert reply.status_code == 409

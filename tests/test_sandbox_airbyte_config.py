@@ -97,7 +97,7 @@ def test_attempts_and_their_failures(box: Sandbox, config: httpx.Client) -> None
 
 def test_incomplete_is_between_attempts(box: Sandbox, config: httpx.Client) -> None:
     """While a job is incomplete its attempt has failed; then another begins, and that one succeeds."""
-    box.airbyte.set("airlines", outcome="incomplete_then_succeed", duration=1.0)
+    box.airbyte.set("airlines", outcome="incomplete_then_succeed", duration=8)
     job = post(config, "/connections/sync", connectionId=IDS["airlines"])["job"]["id"]
     waiting = until(
         lambda: post(config, "/jobs/get_without_logs", id=job), lambda i: i["job"]["status"] == "incomplete"

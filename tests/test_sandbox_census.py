@@ -88,7 +88,7 @@ def test_the_flag_in_the_body_is_ignored(fleet: None, census: httpx.Client) -> N
 
 def test_run_walks_through_its_states(box: Sandbox, fleet: None, census: httpx.Client) -> None:
     """queued, working step by step, completed; counts are null until the data is unloaded."""
-    box.census.set(401, duration=4, queued_seconds=1)
+    box.census.set(401, duration=10, queued_seconds=1)
     run_id = trigger(census)
     first = run(census, run_id)
     assert (first["status"], first["completed_at"]) == ("queued", None)
@@ -162,7 +162,7 @@ def test_cancel(box: Sandbox, fleet: None, census: httpx.Client, word: str) -> N
 
 def test_fresh_run_can_be_missing(box: Sandbox, fleet: None, census: httpx.Client) -> None:
     """With a visibility delay a run is 404 and in no list; the status of a 404 is a number."""
-    box.census.set(401, visibility_delay=0.4)
+    box.census.set(401, visibility_delay=2)
     run_id = trigger(census)
     reply = census.get(f"/sync_runs/{run_id}")
     assert (reply.status_code, reply.json()) == (404, {"status": 404})

@@ -49,7 +49,7 @@ def nodes(client: httpx.Client, run_id: int, step: int | None = None) -> dict[st
 
 def test_a_run_walks_through_its_states(box: Sandbox, cloud: httpx.Client) -> None:
     """Queued, starting, running, success; flags and times say the same."""
-    box.dbt_cloud.set(JOB, duration=4, queued_seconds=1.3)
+    box.dbt_cloud.set(JOB, duration=10, queued_seconds=1.3)
     run = trigger(cloud)
     assert (run["status"], run["is_complete"], "finished_at" in run) == (1, False, False)
     seen = []
@@ -62,7 +62,7 @@ def test_a_run_walks_through_its_states(box: Sandbox, cloud: httpx.Client) -> No
 
     last = until(look, lambda found: found["is_complete"])
     assert seen == [1, 2, 3, 10]
-    assert (last["is_success"], last["status_humanized"], last["duration"]) == (True, "Success", "00:00:05")
+    assert (last["is_success"], last["status_humanized"], last["duration"]) == (True, "Success", "00:00:11")
     assert last["created_at"] <= last["started_at"] < last["finished_at"]
 
 
@@ -87,7 +87,7 @@ def test_a_queued_run_is_cancelled_at_once(box: Sandbox, cloud: httpx.Client) ->
 
 def test_late_visibility(box: Sandbox, cloud: httpx.Client) -> None:
     """For a time a new run is 404 and in no list."""
-    box.dbt_cloud.set(JOB, visibility_delay=0.4)
+    box.dbt_cloud.set(JOB, visibility_delay=2)
     run = trigger(cloud)
     assert cloud.get(f"/runs/{run['id']}/").status_code == 404
     assert cloud.get("/runs/").json()["data"] == []

@@ -84,7 +84,7 @@ def test_a_trigger_during_a_sync_is_a_silent_no_op(box: Sandbox, fivetran: httpx
 def test_force_stops_the_sync_that_runs(box: Sandbox, fivetran: httpx.Client, counts: bool) -> None:
     """force:true stops the running sync and starts another; the stopped one may count as a failure."""
     box.fivetran.settings.stopped_is_failed = counts
-    box.fivetran.set(WEATHER, duration=0.4)
+    box.fivetran.set(WEATHER, duration=4)
     sync(fivetran)
     sync(fivetran, force=True)
     first, second = box.fivetran.syncs_of(WEATHER)
@@ -160,6 +160,7 @@ def test_syncs_that_end_without_an_end(
 
 def test_a_resync(box: Sandbox, fivetran: httpx.Client) -> None:
     """A re-sync is a historical sync, as the connection says until it has succeeded."""
+    box.fivetran.set(FLEET, duration=4)
     assert fivetran.post(f"/connections/{FLEET}/resync", json={}).status_code == 200
     assert read(fivetran, FLEET)["status"]["is_historical_sync"] is True
     assert ended(fivetran, FLEET)["status"]["is_historical_sync"] is False

@@ -66,7 +66,7 @@ class Project:
             },
             capture_output=True,
             text=True,
-            timeout=90,
+            timeout=240,
             check=False,
         )
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import FrameType
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ import pytest
 
 from deployments.server import LocalServer, Postgres, ServerError, free_port
 from deployments.server.__main__ import main
+from deployments.server.processes import undisturbed
 from tests.deployed import REPOSITORY, until
 
 pytestmark = pytest.mark.no_server
@@ -119,10 +121,12 @@ def test_interrupted_start_leaves_nothing(folder: Path, sign: str) -> None:
     """Ctrl-C while the server is still starting ends what has been started."""
     data = folder / "data"
     command = [sys.executable, "-m", "deployments.server", "--data", str(data), "--port", str(free_port())]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)  # noqa: S603
-    until(f"{sign} is there", (data / sign).exists)
-    process.send_signal(signal.SIGINT)
-    told, _ = process.communicate(timeout=120)
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603
+        try:
+            until(f"{sign} is there", (data / sign).exists)
+        finally:
+            process.send_signal(signal.SIGINT)
+        told, _ = process.communicate(timeout=120)
     assert (process.returncode, told) == (0, "Stopped.\n")
     assert of(data) == []
 
@@ -137,7 +141,7 @@ def test_interrupted_program_of_postgresql(
     def interrupted(self: subprocess.Popen[bytes], timeout: float | None = None) -> int:
         assert isinstance(self.args, list)
         if timeout and self.args[0].endswith(program) and "status" not in self.args:
-            while not psutil.Process(self.pid).children():
+            while self.poll() is None and not psutil.Process(self.pid).children():
                 time.sleep(0.001)
             raise KeyboardInterrupt
         return wait(self, timeout)
@@ -149,6 +153,54 @@ def test_interrupted_program_of_postgresql(
     assert of(folder) == []
     with Postgres(folder, durable=False) as postgres, connect(postgres) as connection:
         assert connection.server_version >= 180000
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_while_a_process_begins(number: signal.Signals) -> None:
+    """A signal that comes in the middle of a start is heard when the process is known, also by that."""
+    heard: list[int] = []
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.append(number)
+
+    before = signal.signal(number, hear)
+    try:
+        with undisturbed():
+            signal.raise_signal(number)
+            assert heard == []
+            process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+        assert heard == [number]
+        assert signal.getsignal(number) is hear
+        process.send_signal(number)
+        assert process.wait(60) != 0
+    finally:
+        signal.signal(number, before)
+
+
+def test_left_over_of_a_start_that_was_killed(folder: Path) -> None:
+    """An initdb and a Prefect server that nobody has noted end before there is a new start."""
+    data = folder / "data"
+    data.mkdir()
+    unfinished, home = str(data / "postgres" / "data.new"), str(data)
+    script = "import sys, time; print('up', flush=True); time.sleep(600)"
+    left = [
+        subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, env=environment)  # noqa: S603
+        for words, environment in (
+            (["--pgdata", unfinished], dict(os.environ)),
+            (["prefect", "server", "start"], {**os.environ, "PREFECT_HOME": home}),
+            (["prefect", "worker", "start"], {**os.environ, "PREFECT_HOME": home}),
+        )
+    ]
+    with left[0], left[1], left[2]:
+        try:
+            for process in left:
+                assert process.stdout is not None
+                process.stdout.readline()
+            assert LocalServer(data, free_port()).end_left_over()
+            assert [process.poll() is None for process in left] == [False, False, True]
+        finally:
+            for process in left:
+                process.kill()
 
 
 def test_program_of_postgresql_that_hangs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,13 @@ async def test_two_processes(desk: Desk, limit: Limit) -> None:
         )
         for run in runs
     ]
-    async with asyncio.timeout(120):
-        assert [await process.wait() for process in started] == [0, 0]
+    try:
+        async with asyncio.timeout(240):
+            assert [await process.wait() for process in started] == [0, 0]
+    finally:
+        for process in started:
+            if process.returncode is None:
+                process.kill()
     for connection in connections:
         assert [job.status for job in desk.sandbox.airbyte.jobs_of(connection)] == ["succeeded"]
     assert most_at_once(desk, *connections) == 1

@@ -151,6 +151,7 @@ async def test_one_bad_job_among_good_ones(ledger: Ledger, watcher: JobWatcher) 
 
 async def test_a_fresh_job_may_be_unknown(ledger: Ledger, watcher: JobWatcher) -> None:
     """A job that the vendor does not show, or does not know, yet, is waited for."""
+    ledger.grace = 60
     ledger.jobs = {"1": NotFoundError("ledger", "no such job")}
     waits = [asyncio.create_task(watcher.wait(job(job_id), PATIENT)) for job_id in ("1", "2")]
     await until(lambda: ledger.looks.count(["1", "2"]) >= 2)

@@ -8,6 +8,7 @@ closed. Without an argument, and with the address in `ELT_TESTS_WARM_DBT`, the f
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -39,13 +40,21 @@ def start() -> NoReturn:
         os.dup2(nothing, ours)
     dbt = int.from_bytes(_received(server, _LENGTH), "big")
     for signum in passed_on:
-        signal.signal(signum, lambda signum, _: os.killpg(dbt, signum))
+        signal.signal(signum, lambda signum, _: _signal(dbt, signum))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_on)
     code = os.waitstatus_to_exitcode(int.from_bytes(_received(server, _LENGTH), "big"))
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     os._exit(code)
+
+
+def _signal(dbt: int, signum: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        try:
+            os.killpg(dbt, signum)
+        except ProcessLookupError:
+            os.kill(dbt, signum)  # it has no group of its own yet
 
 
 def _received(connection: socket.socket, size: int) -> bytes:
@@ -106,7 +115,7 @@ def _see_to(connection: socket.socket, main: object) -> NoReturn:
 
     def watch() -> None:
         if not connection.recv(1):
-            os.killpg(dbt, signal.SIGKILL)
+            _signal(dbt, signal.SIGKILL)
 
     connection.sendall(dbt.to_bytes(_LENGTH, "big"))
     threading.Thread(target=watch, daemon=True).start()

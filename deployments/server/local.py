@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import httpx
 import psutil  # type: ignore[import-untyped]
 
 from deployments.server.postgres import Postgres, ServerError
+from deployments.server.processes import end, running, undisturbed
 
 HOST = "127.0.0.1"
 _START_SECONDS = 120.0
@@ -113,9 +115,9 @@ class LocalServer:
         self.data.mkdir(parents=True, exist_ok=True)
         self._take_lock()
         try:
+            self._write_note()
             self._end_left_over()
             self._check_port()
-            self._write_note()
             self._start_guard()
             self.postgres.start()
             self.start_prefect()
@@ -150,7 +152,7 @@ class LocalServer:
     def start_prefect(self) -> None:
         """Start the Prefect server alone, where PostgreSQL is up."""
         command = ["server", "start", "--host", HOST, "--port", str(self.port)]
-        with self.log.open("ab") as output:
+        with self.log.open("ab") as output, undisturbed():
             self._process = subprocess.Popen(  # noqa: S603 - our own interpreter
                 [sys.executable, "-m", "prefect", "--no-prompt", *command],
                 env={
@@ -184,7 +186,9 @@ class LocalServer:
             at_once: Kill it, as a machine that fails would.
         """
         if self._process:
-            _end(psutil.Process(self._process.pid) if self._process.poll() is None else None, at_once=at_once)
+            if self._process.poll() is None:
+                how = signal.SIGKILL if at_once else signal.SIGTERM
+                end(psutil.Process(self._process.pid), how, _STOP_SECONDS)
             self._process.wait()
             self._process = None
 
@@ -228,12 +232,11 @@ class LocalServer:
 
     def _give_back(self) -> None:
         if self._lock:
-            self._lock.truncate(0)
             self._lock.close()
             self._lock = None
 
     def _start_guard(self) -> None:
-        with self.log.open("ab") as output:
+        with self.log.open("ab") as output, undisturbed():
             self._guard = subprocess.Popen(  # noqa: S603 - our own interpreter
                 [sys.executable, str(_GUARD), str(self.data), str(self.port)],
                 # The pipe's other end is ours alone: when we end, however we do, the guard reads its end.
@@ -248,18 +251,21 @@ class LocalServer:
         if self._lock:
             note: dict[str, Any] = {"owner": os.getpid(), "owner_born": psutil.Process().create_time()}
             if self._process:
-                born = psutil.Process(self._process.pid).create_time()
-                note |= {"url": self.url, "pid": self._process.pid, "born": born}
+                note["url"] = self.url
             self._lock.truncate(0)
             json.dump(note, self._lock)
             self._lock.flush()
 
     def _end_left_over(self) -> None:
         """End the Prefect server of a process that was killed; its PostgreSQL is taken over instead."""
-        assert self._lock is not None  # noqa: S101 - for the type checker
-        note = _read(self._lock)
-        if process := _process(note.get("pid"), note.get("born")):
-            _end(process)
+        # Not by a number that it would have noted: it may have been killed before it could.
+        home = str(self.data)
+
+        def is_it(command: list[str], environment: dict[str, str]) -> bool:
+            return {"prefect", "server"} <= set(command) and environment.get("PREFECT_HOME") == home
+
+        for process in running(is_it):
+            end(process, signal.SIGTERM, _STOP_SECONDS)
 
     def _check_port(self) -> None:
         if free_port(self.port) == self.port:
@@ -292,29 +298,12 @@ def _read(note: IO[str]) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _process(pid: int | None, born: float | None) -> psutil.Process | None:
-    """The process of this number, if it is still the one that was born then."""
-    try:
-        process = psutil.Process(pid) if pid and born else None
-        return process if process and process.create_time() == born else None
-    except psutil.NoSuchProcess:
-        return None
-
-
 def _owner_is_gone(note: dict[str, Any]) -> bool:
     """Whether the process that had the folder is known, and dead."""
-    owner = _process(note.get("owner"), note.get("owner_born"))
-    return "owner" in note and (owner is None or owner.status() == psutil.STATUS_ZOMBIE)
-
-
-def _end(process: psutil.Process | None, *, at_once: bool = False) -> None:
-    if process is None:
-        return
-    family = [process, *process.children(recursive=True)]
-    if not at_once:
-        process.terminate()
-        _, family = psutil.wait_procs(family, _STOP_SECONDS)
-    for member in family:
-        if member.is_running():
-            member.kill()
-    psutil.wait_procs(family, _STOP_SECONDS)
+    if "owner" not in note:
+        return False
+    try:
+        owner = psutil.Process(note["owner"])
+        return bool(owner.create_time() != note["owner_born"] or owner.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import psutil  # type: ignore[import-untyped]
 
+from deployments.server.processes import end, running, undisturbed
+
 if TYPE_CHECKING:
     import pwd
 
@@ -111,10 +113,12 @@ class Postgres:
             self._control("-m", "immediate", "-w", "-t", str(_STOP_SECONDS), "stop")
 
     def stop_left_over(self) -> None:
-        """Stop the server of a process that was killed."""
+        """Stop the server of a process that was killed, or what was making its data."""
         self._find()
         if self.version:
             self.stop()
+        else:
+            self._end_init()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -173,21 +177,32 @@ class Postgres:
     def _init(self) -> None:
         if self.data.exists() and any(self.data.iterdir()):
             raise ServerError(f"{self.data} holds something that is no PostgreSQL data. Name another folder.")
-        # Elsewhere first: what is killed in the middle of it leaves no half data.
-        new = self.folder / "data.new"
-        shutil.rmtree(new, ignore_errors=True)
+        self._end_init()
+        shutil.rmtree(self._unfinished, ignore_errors=True)
         done = self._run(
             "initdb",
-            *("--pgdata", str(new), "--username", _USER, "--auth", "trust"),
+            *("--pgdata", str(self._unfinished), "--username", _USER, "--auth", "trust"),
             *("--encoding", "UTF8", "--no-locale"),
             *([] if self._durable else ["--no-sync"]),
             timeout=_INIT_SECONDS,
         )
         if done.returncode != 0:
-            raise ServerError(f"PostgreSQL could not make its data in {new}:\n{done.stdout.strip()}")
+            raise ServerError(
+                f"PostgreSQL could not make its data in {self._unfinished}:\n{done.stdout.strip()}"
+            )
         if self.data.exists():
             self.data.rmdir()
-        new.rename(self.data)
+        self._unfinished.rename(self.data)
+
+    @property
+    def _unfinished(self) -> Path:
+        # Elsewhere first: what is killed in the middle of it leaves no half data.
+        return self.folder / "data.new"
+
+    def _end_init(self) -> None:
+        """End the initdb of a process that was killed."""
+        for process in running(lambda command, _: str(self._unfinished) in command):
+            end(process, signal.SIGINT, _STOP_SECONDS)
 
     def _check_version(self) -> None:
         carried = (
@@ -232,43 +247,32 @@ class Postgres:
             more = {"user": self._account.pw_uid, "group": self._account.pw_gid, "extra_groups": []}
         # Into a file: the server inherits what pg_ctl writes to, and a pipe would never end.
         with tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen(  # noqa: S603 - the wheel's own programs
-                [str(self._binaries / program), *arguments],
-                cwd=self.folder,
-                # Messages in English, and no server of the user's own environment.
-                env={name: value for name, value in os.environ.items() if not name.startswith("PG")}
-                | {"LC_ALL": "C"},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                **more,
-            )
+            process: subprocess.Popen[bytes] | None = None
             try:
+                with undisturbed():
+                    process = subprocess.Popen(  # noqa: S603 - the wheel's own programs
+                        [str(self._binaries / program), *arguments],
+                        cwd=self.folder,
+                        # Messages in English, and no server of the user's own environment.
+                        env={name: value for name, value in os.environ.items() if not name.startswith("PG")}
+                        | {"LC_ALL": "C"},
+                        stdin=subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        **more,
+                    )
                 process.wait(timeout)
             except BaseException as error:
-                _interrupt(process)
+                if process and process.poll() is None:
+                    # Killed, initdb would leave a process that still writes, and pg_ctl a server that nobody
+                    # knows. At SIGINT initdb removes what it has made, and the server stops.
+                    end(psutil.Process(process.pid), signal.SIGINT, _STOP_SECONDS)
+                    process.wait()
                 if isinstance(error, subprocess.TimeoutExpired):
                     raise ServerError(f"{program} had not ended after {timeout:g} s.") from None
                 raise
             output.seek(0)
             return subprocess.CompletedProcess(process.args, process.returncode, output.read())
-
-
-def _interrupt(process: subprocess.Popen[bytes]) -> None:
-    """End a program and all that it has started.
-
-    Killed, initdb would leave a process that still writes, and pg_ctl a server that nobody knows. At SIGINT
-    initdb removes what it has made, and pg_ctl stops the server that it is starting.
-    """
-    with contextlib.suppress(psutil.NoSuchProcess):
-        family = psutil.Process(process.pid)
-        members = [family, *family.children(recursive=True)]
-        process.send_signal(signal.SIGINT)
-        _, left = psutil.wait_procs(members, _STOP_SECONDS)
-        for member in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                member.kill()
-    process.wait()
 
 
 def _short_name(path: Path) -> str:
