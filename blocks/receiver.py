@@ -18,6 +18,9 @@ from blocks.fields import clean_secret
 from blocks.signatures import Encoding
 
 _DOCS = HttpUrl("https://docs.prefect.io/v3/concepts/event-triggers")
+_NEVER_GIVEN = frozenset({"before", "after", "steps", "gates", "notify", "approval", "confirm"})
+"""Parameters that a Slack command never sets: with a step whoever types it would have a shell on a worker."""
+
 _SHORTEST = 16  # characters of a secret that is part of an address: it must not be guessed
 
 
@@ -128,11 +131,29 @@ class SlackCommand(SignedSource):
     deployments: list[str] = Field(
         min_length=1, title="Deployments", description="Which may be started: `flow/deployment`."
     )
+    parameters: dict[str, list[str]] = Field(
+        default_factory=dict,
+        title="Parameters",
+        description="Which of a deployment's parameters may be given, by their names; of one that is not "
+        'named here, none: {"elt-chain/flights": ["max_concurrency"]}.',
+    )
     response_hosts: list[str] = Field(
         default_factory=lambda: ["hooks.slack.com", "hooks.slack-gov.com"],
         title="Hosts of answers",
         description="To which answers may go, over https; for rehearsals also 127.0.0.1:<port>, over http.",
     )
+
+    @model_validator(mode="after")
+    def _only_what_may_be_given(self) -> SlackCommand:
+        for deployment, names in self.parameters.items():
+            if deployment not in self.deployments:
+                raise ValueError(f"parameters: {deployment} is not one of the deployments.")
+            if kept := sorted(_NEVER_GIVEN.intersection(names)):
+                raise ValueError(
+                    f"parameters: {', '.join(kept)} of {deployment} can't be given by a command. Who is "
+                    "told, what has to be approved and which steps run are the deployment's own."
+                )
+        return self
 
     @model_validator(mode="after")
     def _somebody(self) -> SlackCommand:

@@ -8,16 +8,20 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 import httpx
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.states import Completed, Failed, Running
 from pydantic import ValidationError
 
 from blocks.receiver import SlackCommand
 from deployments.receiver import slack as receiver_slack
+from deployments.receiver import slack_confirm
 from deployments.receiver.slack import SlackSource
 from sandbox.stage import free_port
 from tests.events_fixtures import Target, api, target
@@ -53,6 +57,7 @@ class Slack:
     client: httpx.AsyncClient
     target: Target
     answers: Answers
+    source: SlackSource | None = None
 
     def fields(self, text: str, **changes: str) -> dict[str, str]:
         return {
@@ -76,8 +81,15 @@ class Slack:
 
 
 def block(target: Target, **fields: Any) -> SlackCommand:
-    allowed = [f"{target.flow}/{target.name}", "elt-chain/not-deployed"]
-    given = {"secret": SECRET, "team_id": "T0001", "users": ["U0001"], "deployments": allowed, **fields}
+    mine = f"{target.flow}/{target.name}"
+    given = {
+        "secret": SECRET,
+        "team_id": "T0001",
+        "users": ["U0001"],
+        "deployments": [mine, "elt-chain/not-deployed"],
+        "parameters": {mine: ["word", "number", "anything"]},
+        **fields,
+    }
     return SlackCommand(**given)
 
 
@@ -88,7 +100,7 @@ async def slack(target: Target, monkeypatch: pytest.MonkeyPatch) -> AsyncIterato
     source, answers = SlackSource(block(target, channels=["C0009"]), "main"), Answers()
     async with running([source]) as client:
         monkeypatch.setattr(source, "_slack", httpx.AsyncClient(transport=httpx.MockTransport(answers.take)))
-        yield Slack(client, target, answers)
+        yield Slack(client, target, answers, source)
 
 
 async def test_a_command_starts_a_deployment(api: SyncPrefectClient, slack: Slack) -> None:
@@ -141,6 +153,14 @@ async def test_what_is_typed_is_no_template(api: SyncPrefectClient, slack: Slack
         ("target a']}}b=1", {}, "quote is not closed"),
         ("target a}}b=1", {}, "is not `name=value`"),
         ("target number=many", {}, "could not be started"),
+        ("target notify=[]", {}, "`notify` may not be given here"),
+        ("target other=1", {}, "/target` takes `word`, `number`, `anything`."),
+        ("not-deployed max_concurrency=1", {}, "`elt-chain/not-deployed` takes no parameters"),
+        ('target anything=\'{"a": [{"tool": "shell", "commands": ["id"]}]}\'', {}, "may not be given"),
+        ('target anything=\'{"tool": "slack", "webhook": "other"}\'', {}, "may not be given"),
+        ("target confirm=6920123e-0123456789abcdef", {}, "is too old"),
+        ("target confirm=é", {}, "is too old"),
+        ("target word='{{' full", {}, "`full` is not `name=value`"),
         ("target word=\0", {}, "can't be stored"),
         (f"target word={2**64}", {}, "a whole number of more than 64 bits; write it as text"),
         ("not-deployed", {}, "could not be started"),
@@ -153,6 +173,114 @@ async def test_what_starts_nothing(slack: Slack, text: str, changes: dict[str, s
     assert not slack.target.runs()
 
 
+async def test_a_block_without_parameters(target: Target) -> None:
+    """A plain list of deployments, as blocks had before, lets them be started as they are."""
+    async with running([SlackSource(block(target, parameters={}), "main")]) as client:
+        slack = Slack(client, target, Answers())
+        assert "takes no parameters" in await slack.say("target word=x")
+        assert not target.runs()
+        assert "Taken" in await slack.say("target")
+    assert [run.parameters for run in target.runs()] == [{}]
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize("name", ["before", "after", "steps", "gates", "notify", "approval", "confirm"])
+def test_parameters_that_nobody_may_give(name: str) -> None:
+    """Steps, who is told and what is approved can't be allowed; nor can parameters of what may not start."""
+    given: dict[str, Any] = {"secret": SECRET, "team_id": "T1", "users": ["U1"], "deployments": ["a/b"]}
+    with pytest.raises(ValidationError, match=f"{name} of a/b can't be given"):
+        SlackCommand(**given, parameters={"a/b": ["word", name]})
+    with pytest.raises(ValidationError, match="c/d is not one of the deployments"):
+        SlackCommand(**given, parameters={"c/d": ["word"]})
+
+
+# -- loading everything anew
+
+ANEW = "target word='two  {words}' anything='{\"mode\": \"full_refresh\"}'"
+
+
+def code_in(said: str) -> str:
+    """What is to be typed, from the answer that asks for it."""
+    assert "load or build everything anew" in said, said
+    typed = said.partition("```")[2].removesuffix("```")
+    assert typed.startswith("/elt ")
+    return typed.removeprefix("/elt ")
+
+
+async def test_a_full_load_needs_a_second_command(slack: Slack) -> None:
+    """It is asked whether it is meant; what the answer says to type starts one run, however often."""
+    again = code_in(await slack.say(ANEW))
+    assert not slack.target.runs()
+    assert [("Taken" in await slack.say(again)) for _ in range(2)] == [True, True]
+    (run,) = slack.target.runs()
+    assert run.parameters == {"word": "two  {words}", "anything": {"mode": "full_refresh"}}
+
+
+async def test_whose_second_command_it_is(slack: Slack, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The code is for the same person, the same command and five minutes."""
+    again = code_in(await slack.say(ANEW))
+    assert "is too old" in await slack.say(again, user_id="U0002", channel_id="C0009")
+    assert "is too old" in await slack.say(again.replace("two", "three"))
+    now = time.time()
+    with monkeypatch.context() as later:
+        later.setattr(slack_confirm.time, "time", lambda: now + slack_confirm.WITHIN + 1)
+        assert "is too old" in await post_at(slack, again, now + slack_confirm.WITHIN + 1)
+    assert not slack.target.runs()
+
+
+async def post_at(slack: Slack, text: str, at: float) -> str:
+    reply = await post(slack.client, by_slack(slack.fields(text), at=at))
+    said: str = reply.json()["text"]
+    return said
+
+
+async def test_two_receivers(slack: Slack, target: Target) -> None:
+    """A code that one receiver has given out is good at another, and still for one run alone."""
+    again = code_in(await slack.say(ANEW))
+    async with running([SlackSource(block(target), "main")]) as client:
+        assert "Taken" in await Slack(client, target, slack.answers).say(again)
+    assert "Taken" in await slack.say(again)
+    assert len(target.runs()) == 1
+
+
+async def test_a_deployment_that_loads_everything_anew(api: SyncPrefectClient, slack: Slack) -> None:
+    """It is asked also where the deployment's own parameters say so, and nothing was typed."""
+    api.update_deployment(slack.target.id, DeploymentUpdate(parameters={"anything": {"full_refresh": True}}))
+    again = code_in(await slack.say("target"))
+    assert not slack.target.runs()
+    assert "Taken" in await slack.say(again)
+    assert "Taken" in await slack.say("target anything='{\"full_refresh\": false}'")
+    assert len(slack.target.runs()) == 2
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize(
+    ("deployment", "parameters", "anew"),
+    [
+        ("reload/reload", {"mode": "full_refresh"}, True),
+        ("reload/reload", {"mode": "incremental"}, False),
+        ("dbt-full-refresh/on-demand", {}, True),
+        ("dbt-build/daily", {"dbt": {"tool": "dbt-core", "full_refresh": True}}, True),
+        ("dbt-build/daily", {"dbt": {"tool": "dbt-core", "full_refresh": False}}, False),
+        ("elt-chain/a", {"syncs": [{"tool": "airbyte", "before": "clear"}]}, True),
+        ("elt-chain/a", {"before": [{"tool": "sql", "statements": ["select 1"]}]}, False),
+        ("elt-chain/a", {"syncs": [{"tool": "fivetran", "resync": {"shop": ["orders"]}}]}, True),
+        ("elt-chain/a", {"syncs": [{"tool": "fivetran", "resync": "none"}]}, False),
+        ("elt-chain/a", {"activations": [{"tool": "hightouch", "full_resync": True}]}, True),
+        ("elt-chain/a", {"activations": [{"tool": "census", "full_sync": True}]}, True),
+        ("elt-chain/a", {"transform": {"overrides": {"steps_override": ["dbt build --full-refresh"]}}}, True),
+        ("elt-chain/a", {"max_concurrency": 1, "allow_failure": "any"}, False),
+    ],
+    ids=str,
+)
+def test_what_loads_everything_anew(deployment: str, parameters: dict[str, Any], anew: bool) -> None:
+    """Each tool's way to say it is known."""
+    assert slack_confirm.loads_anew(deployment, parameters) is anew
+
+
+# -- who may, and what is no command
+
+
 async def test_everybody_in_a_channel(slack: Slack) -> None:
     """In a channel that is allowed everybody may."""
     assert "Taken" in await slack.say("target", user_id="U0002", channel_id="C0009")
@@ -161,7 +289,11 @@ async def test_everybody_in_a_channel(slack: Slack) -> None:
 async def test_probes_and_what_is_no_command(slack: Slack) -> None:
     """Slack's probes are answered; a body that is no form, or not of a command, is the sender's mistake."""
     assert (await slack.client.get("/hooks/slack-command/main")).status_code == 200
-    assert (await post(slack.client, by_slack({"ssl_check": "1"}))).status_code == 200
+    probe = by_slack({"ssl_check": "1", "token": "x"})
+    assert (await post(slack.client, probe)).status_code == 200
+    assert (await post(slack.client, probe.but(headers={}))).status_code == 200
+    command = by_slack(slack.fields("target", ssl_check="0"))
+    assert (await post(slack.client, command.but(headers={}))).status_code == 401
     for body in (b"\xff\xfe", b"", b"a=1", b"&" * 1000 + b"=" * 1000, "team_id=é".encode("latin-1")):
         assert (await post(slack.client, by_slack(body))).status_code == 400
 
@@ -175,6 +307,32 @@ async def test_a_slow_server(slack: Slack, api: SyncPrefectClient, monkeypatch: 
     assert (taken.startswith("Taken"), run.name in taken) == (True, True)
     api.set_flow_run_state(run.id, Completed(), force=True)
     assert "*Completed*" in (await slack.answers.until(2))[-1]
+
+
+@pytest.mark.parametrize("how", ["fails", "does not end"])
+async def test_a_run_that_can_t_be_read(
+    slack: Slack, api: SyncPrefectClient, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """A run that was created is told as such, whatever becomes of looks at it: else it is asked for twice."""
+    assert slack.source is not None
+    read, away = slack.source.client.read_flow_run, asyncio.Event()
+
+    async def look(run_id: UUID) -> FlowRun:
+        if away.is_set():
+            return await read(run_id)
+        if how == "fails":
+            raise httpx.ConnectError("the server is away")
+        await away.wait()
+        return await read(run_id)
+
+    monkeypatch.setattr(slack.source.client, "read_flow_run", look)
+    async with asyncio.timeout(90):
+        said = await slack.say("target")
+    (run,) = slack.target.runs()
+    assert ("Taken" in said, run.name in said) == (True, True)
+    api.set_flow_run_state(run.id, Completed(), force=True)
+    away.set()
+    assert "*Completed*" in (await slack.answers.until(1))[-1]
 
 
 async def test_no_server(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
