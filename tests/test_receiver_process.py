@@ -377,6 +377,7 @@ def test_pestered(tmp_path: Path, target: Target) -> None:
                 reply = await client.post(big.path, content=body, headers=big.headers)
                 assert reply.status_code == 413
             await asyncio.to_thread(_cut_off, receiver.port)
+            await asyncio.to_thread(_upgrade, receiver.port)
             assert (await client.get("/ready")).status_code == 200
 
     receiver.start()
@@ -411,6 +412,17 @@ def _cut_off(port: int) -> None:
     for text in (request, request + b"\r\nhalf of it", b"\x16\x03\x01\x02\x00", b"GET / HTTP/9.9\r\n\r\n"):
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(text)
+
+
+def _upgrade(port: int) -> None:
+    """Senders that ask for a WebSocket or for HTTP/2, at an address with a secret."""
+    address = f"/hooks/airbyte-webhook/main/{SECRET.get_secret_value()}"
+    websocket = "websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="
+    for to in (websocket, "h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__"):
+        asked = f"GET {address} HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\nUpgrade: {to}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(asked.encode())
+            assert connection.recv(12) == b"HTTP/1.1 404"
 
 
 # --- the whole way ---

@@ -91,6 +91,7 @@ def _serve(app: Starlette, options: argparse.Namespace) -> None:
         port=options.port,
         access_log=False,
         log_config=None,
+        ws="none",  # a handshake would be logged with its address, whoever sends it
         limit_concurrency=options.concurrency,
         timeout_graceful_shutdown=15,
         server_header=False,
