@@ -278,6 +278,32 @@ def test_git(provider: str) -> None:
 
 
 @pytest.mark.no_server
+@pytest.mark.parametrize(
+    ("provider", "header"),
+    [
+        ("github", "X-GitHub-Delivery"),
+        ("gitlab", "Idempotency-Key"),
+        ("bitbucket", "X-Request-UUID"),
+    ],
+)
+def test_git_the_same_commits_pushed_again(provider: str, header: str) -> None:
+    """From A to B, back, and to B again are two pushes to B; one that is delivered again is the same."""
+
+    def sent(delivery: str, attempt: str = "1") -> Sent:
+        plain = by_git(provider, *PUSHES[provider])
+        more = {header: delivery, "X-Attempt-Number": attempt, "X-Gitlab-Event-UUID": an_id()}
+        return plain.but(headers={**plain.headers, **more})
+
+    first, again, third = [
+        the_event(git(provider), one) for one in (sent("1-1"), sent("1-1", attempt="2"), sent("3-3"))
+    ]
+    assert first.id == again.id
+    assert first.id != third.id
+    without = [the_event(git(provider), by_git(provider, *PUSHES[provider])) for _ in range(2)]
+    assert without[0].id == without[1].id
+
+
+@pytest.mark.no_server
 def test_git_branches_that_end_and_begin() -> None:
     """A branch that was deleted is no event; one that is new has nothing before it; a tag is a tag."""
     _, push = PUSHES["github"]
