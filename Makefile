@@ -7,6 +7,7 @@
 #   make listen [ARGS="--only NAME"]       SQS queues, Kafka topics, PostgreSQL channels as events, until Ctrl-C
 #   make warm-worker [POOL=elt]           a process worker whose runs begin without importing Prefect anew
 #   make test [ARGS="-k journal"]         the tests, on all cores
+#   make quick                            most of them, in a fraction of the time
 #   make check-dbt                        the dbt project: parse, standards, selectors, exposures, ids
 #   make pipelines [ARGS=--check]         deployments/pipelines.yaml, from the dbt project's manifest
 #   make automations [ENV=dev] [ARGS=--check]       deployments/automations.yaml onto the server of PREFECT_API_URL
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
 
-.PHONY: setup demo ui server receiver listen warm-worker test lint types check check-dbt docs pipelines \
+.PHONY: setup demo ui server receiver listen warm-worker test quick lint types check check-dbt docs pipelines \
   automations deploy undeploy bench clean
 
 setup: $(READY)
@@ -58,8 +59,14 @@ listen: $(READY)
 	@$(BIN)/python -m deployments.listen $(ARGS)
 
 # A worker per core, each with a Prefect server of its own, so no more than four. ARGS=-n0 for none.
+PYTEST := $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	@$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@$(PYTEST) $(ARGS)
+
+# Without the files that start servers, workers or dbt again and again.
+quick: $(READY)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 lint: $(READY)
 	@$(BIN)/ruff check .

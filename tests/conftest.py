@@ -145,34 +145,47 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 # Longest first, so that none of them begins when the others are about to end: a file is one worker's.
-_LONGEST = (
+_SLOW = (
     "test_backfill",
+    "test_flows",
     "test_approval",
     "test_reload",
-    "test_flows",
-    "test_postgres",
+    "test_gates",
+    "test_deploy",
+    "test_dbt_core",
+    "test_check_dbt",
+    "test_dbt_retry",
+    "test_kafka",
+    "test_bench",
+    "test_burst",
+    "test_deployments",
+    "test_survival",
+    "test_dbt_layouts",
+    "test_server_away",
+    "test_dbt_cloud_chain",
+    "test_warm",
     "test_receiver_process",
     "test_server",
-    "test_production_server",
-    "test_deployments",
-    "test_sandbox_project",
-    "test_deploy",
-    "test_warm",
-    "test_survival",
-    "test_server_away",
-    "test_faults",
-    "test_sqs",
-    "test_arrivals",
-    "test_runner",
-    "test_kafka",
-    "test_dbt_core",
-    "test_specs",
-    "test_slots",
     "test_dbt_jobs",
-    "test_http_job",
-    "test_alerts",
-    "test_rescue",
+    "test_arrivals",
     "test_outcomes",
+    "test_postgres",
+    "test_production_server",
+    "test_sqs",
+    "test_rescue",
+    "test_sandbox_project",
+)
+_LONGEST = (
+    *_SLOW,
+    "test_runner",
+    "test_steps",
+    "test_faults",
+    "test_database_events",
+    "test_alerts",
+    "test_intervals",
+    "test_http_job",
+    "test_specs",
+    "test_hightouch",
     "test_s3",
 )
 
@@ -181,3 +194,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Order the files for `--dist loadfile --no-loadscope-reorder`, which hands them out as they come."""
     rank = {name: place for place, name in enumerate(_LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(rank)))
+    for item in items:
+        if item.path.stem in _SLOW:
+            item.add_marker("slow")
