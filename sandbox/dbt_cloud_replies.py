@@ -15,6 +15,7 @@ from sandbox import catalog
 from sandbox.dbt_cloud import CANCELLED, ERROR, RUNNING, SUCCESS, Job, Run
 from sandbox.dbt_cloud_project import DBT_VERSION
 
+_DEBUG_LINES = 1000  # of a step's debug logs, unless all are asked for
 _HUMAN = {
     1: "Queued",
     2: "Starting",
@@ -160,7 +161,7 @@ def _step(run: Run, number: int, *, debug: bool) -> dict[str, Any]:
         "status": status,
         "status_humanized": _HUMAN[status],
         "logs": logs,
-        "debug_logs": logs if debug else logs[-1000:],
+        "debug_logs": logs if debug else "".join(logs.splitlines(keepends=True)[-_DEBUG_LINES:]),
     }
 
 

@@ -248,3 +248,15 @@ def test_control(box: Sandbox, control: httpx.Client, cloud: httpx.Client) -> No
     assert cloud.get("/runs/?pk__in=[1]").status_code == 400
     page = httpx.get(run["href"])
     assert (page.status_code, "no_such_column" in page.text) == (200, True)
+
+
+def test_debug_logs_are_cut_by_lines(box: Sandbox, cloud: httpx.Client) -> None:
+    """Unless they are asked for, a step's debug logs are its last 1,000 lines, however long those are."""
+    run = ended(cloud, trigger(cloud)["id"])
+    step = box.dbt_cloud.runs_of(JOB)[-1].steps[-1]
+    lines = [f"{number:04} {'debug ' * 20}\n" for number in range(1500)]
+    step.logs = "".join(lines)
+    (*_, cut) = read(cloud, run["id"], include_related="run_steps")["run_steps"]
+    (*_, whole) = read(cloud, run["id"], include_related="run_steps,debug_logs")["run_steps"]
+    assert cut["debug_logs"] == "".join(lines[-1000:])
+    assert whole["debug_logs"] == "".join(lines)
