@@ -212,9 +212,11 @@ async def tell_waiting(notify: Sequence[Notify], question: Question) -> None:
     if context is None or context.flow is None or context.flow_run is None or not notify:
         return
     run = context.flow_run
+    # An incident of its own: the first one is open, and a repeat of it would not be told at once.
+    again = question.again
     alarm = Alarm(
-        key=_wait_key(question.what),
-        title=f"approval of {question.what}",
+        key=_wait_key(question.what, again=again),
+        title=f"approval of {question.what}" + (", which has changed since it was given," if again else ""),
         what="is waited for",
         level="waiting",
         reason=f"without an answer until {question.until} it is rejected;",
@@ -232,8 +234,8 @@ def fresh_key(key: str) -> str:
     return f"{key}/fresh"
 
 
-def _wait_key(what: str) -> str:
-    return f"prefect/{what}/wait"
+def _wait_key(what: str, *, again: bool = False) -> str:
+    return f"prefect/{what}/wait" + ("/again" if again else "")
 
 
 def died(
@@ -279,7 +281,7 @@ def bulletin(
         if step.kind == "sync" and step.good:
             fine.append(fresh_key(step.key))
         if step.kind == "approval":  # it is no longer waited for, whatever the answer
-            fine.append(_wait_key(step.resource_id))
+            fine += [_wait_key(step.resource_id, again=again) for again in (False, True)]
     fine += [node_key(node.unique_id) for node in nodes if node.state in _WELL]
     if isinstance(report, EltReport):
         fine += report.passed

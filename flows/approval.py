@@ -1,6 +1,7 @@
 """A person's yes or no in a flow: as a parameter of `elt_chain`, and for flows of one's own."""
 
 # No `from __future__ import annotations` here: see flows/elt.py.
+import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -89,8 +90,8 @@ def request_approval(
         shown: What there is to know about it, as Markdown; above the form.
         timeout: Seconds to wait. No answer in time is a no.
         notify: Who is told that it waits.
-        of: What exactly is approved: where this is the same, an approval from before a retry of the run
-            stands.
+        of: What exactly is approved. An approval stands, also over a retry of the run, where this is the
+            same; where the run comes back from waiting with another, it asks again. So no times in it.
 
     Returns:
         The answer: `.approved`, `.by`, `.comment`, `.answered_at`. It is also in the log and an artifact.
@@ -161,7 +162,9 @@ class Asking:
         parts = [f"- sync: {found.request.label} ({found.request.tool})" for found in syncs]
         parts += [f"- transform: {transform.what} ({transform.tool})"] if transform else []
         parts += [f"- activation: {found.request.label} ({found.request.tool})" for found in activations]
-        return self._ask("load", "\n".join(parts), "\n".join(parts))
+        requests = [found.request for found in (*syncs, *activations)]
+        of = sorted(f"{request.tool}/{request.resource_id}" for request in requests)
+        return self._ask("load", "\n".join(parts), json.dumps([of, transform.what if transform else None]))
 
     def before_activations(self, progress: Progress) -> Step | None:
         """Ask before the activations that are ready; None if that is not asked for, or none is ready."""

@@ -80,6 +80,8 @@ class Question(BaseModel):
         asked_at: When.
         deadline: When no answer becomes a no.
         ender: The run that sees to that.
+        shown: What there was to know about it, as Markdown.
+        again: Whether what was approved had changed meanwhile, so that it is asked once more.
         progress: Whatever the flow wants to find again when it goes on.
     """
 
@@ -91,6 +93,8 @@ class Question(BaseModel):
     asked_at: datetime
     deadline: datetime
     ender: UUID | None = None
+    shown: str = ""
+    again: bool = False
     progress: JsonValue = None
 
     @property
@@ -132,8 +136,9 @@ class Answer(BaseModel):
             return said + late
         return f"{self.outcome} by {self.by}" + (f": {self.comment}" if self.comment else "")
 
-    def markdown(self, shown: str) -> str:
+    def markdown(self) -> str:
         """The record: who answered what, when, and to what."""
+        shown = self.question.shown
         by = f" by {self.by}" if self.by else ""
         said = [
             f"# {self.outcome.capitalize()}{by}: {self.question.what}",
@@ -187,7 +192,8 @@ async def request_answer(
         what: What is to be approved. A run asks each thing once.
         shown: What there is to know about it, as Markdown.
         timeout: Seconds to wait for an answer.
-        of: What exactly it is. Where an earlier attempt at this run got this approved, it stands.
+        of: What exactly it is. Where an earlier attempt at this run got this approved, it stands; an approval
+            of anything else does not, and it is asked again.
         progress: Kept with the question, for `question_under_way`.
         tell: Called once the question is going to be asked.
 
@@ -204,7 +210,7 @@ async def request_answer(
         asked = await _Asked.read(client, run.id, what)
         answer = await asked.answer(digest)
         if answer is None:
-            question = await asked.ask(run, digest, timedelta(seconds=timeout), progress)
+            question = await asked.ask(run, digest, timedelta(seconds=timeout), shown, progress)
             get_run_logger().warning("Waiting for approval of %s until %s", what, question.until)
             if tell:
                 await tell(question)
@@ -219,7 +225,7 @@ async def request_answer(
             answer = await (await _Asked.read(client, run.id, what)).answer(digest)
             if answer is None:
                 raise RuntimeError(f"The run was stopped while it waited for approval of {what}.")
-        await _record(client, run.id, answer, shown)
+        await _record(client, run.id, answer)
     return answer
 
 
@@ -290,7 +296,8 @@ class _Asked:
         now = self.under_way
         for question in reversed(self._questions):
             found = await self._answer_to(question)
-            if question is now:
+            # What the run would do may have changed while it waited: of that nobody has said yes.
+            if question is now and not (found and found.approved):
                 return found or _timed_out(question)
             if found and found.approved and question.of == of:
                 return found
@@ -316,11 +323,20 @@ class _Asked:
             question=question,
         )
 
-    async def ask(self, run: FlowRun, of: str, patience: timedelta, progress: JsonValue) -> Question:
+    async def ask(
+        self, run: FlowRun, of: str, patience: timedelta, shown: str, progress: JsonValue
+    ) -> Question:
         """Keep a new question, with the deadline of one that was dropped as the run was moved on by hand."""
         key = f"{_prefix(self._what)}-{self._count + 1}"
         now = datetime.now(UTC)
         dropped = self.under_way
+        outdated = await self._answer_to(dropped) if dropped else None
+        if outdated:
+            await _record(self._client, run.id, outdated)
+            get_run_logger().warning(
+                "%s: what was approved is not what would be done now, so it is asked again", self._what
+            )
+            dropped = None
         asked_at, deadline = (dropped.asked_at, dropped.deadline) if dropped else (now, now + patience)
         ender: UUID | None = None
         if _suspends(run):
@@ -341,6 +357,8 @@ class _Asked:
             asked_at=asked_at,
             deadline=deadline,
             ender=ender,
+            shown=shown,
+            again=outdated is not None,
             progress=progress,
         )
         await self._client.create_flow_run_input(run.id, key, question.model_dump_json())
@@ -385,7 +403,7 @@ async def _ender(client: PrefectClient, run: FlowRun) -> DeploymentResponse:
     return next((d for d in found if d.work_pool_name == run.work_pool_name), found[0])
 
 
-async def _record(client: PrefectClient, run_id: UUID, answer: Answer, shown: str) -> None:
+async def _record(client: PrefectClient, run_id: UUID, answer: Answer) -> None:
     """Write down who answered what and when; once, whatever happens to the run later."""
     question = answer.question
     if question.ender is not None:
@@ -402,7 +420,7 @@ async def _record(client: PrefectClient, run_id: UUID, answer: Answer, shown: st
     if said in {artifact.description for artifact in await client.read_artifacts(artifact_filter=of_run)}:
         return
     get_run_logger().warning("%s: %s", question.what, said)
-    await acreate_markdown_artifact(answer.markdown(shown), key=key, description=said)
+    await acreate_markdown_artifact(answer.markdown(), key=key, description=said)
 
 
 def _timed_out(question: Question) -> Answer | None:

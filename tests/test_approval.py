@@ -382,11 +382,11 @@ def suspended(pool: str, client: SyncPrefectClient) -> DeployedRuns:
     return DeployedRuns(client, str(client.api_url))
 
 
-def take_up(client: SyncPrefectClient, run_id: UUID) -> State[Any] | None:
+def take_up(client: SyncPrefectClient, run_id: UUID, of: Flow[..., Any] = asks_once) -> State[Any] | None:
     """Run what a worker would run; None if it is suspended."""
     run = client.read_flow_run(run_id)
     try:
-        found: Any = run_flow(asks_once, flow_run=run, parameters=run.parameters, return_type="state")
+        found: Any = run_flow(of, flow_run=run, parameters=run.parameters, return_type="state")
     except Pause:
         return None
     assert isinstance(found, State)
@@ -430,6 +430,45 @@ def test_killed_after_the_answer(suspended: DeployedRuns, client: SyncPrefectCli
     client.set_flow_run_state(run_id, AwaitingRetry(), force=True)
     assert take_up(client, run_id).result() == "approved by Ada Lovelace: looks right"  # type: ignore[union-attr]
     assert done_before == [1]
+
+
+def test_another_connection_than_those_that_were_approved(
+    box: Sandbox, runs: Runs, pool: str, client: SyncPrefectClient
+) -> None:
+    """What is selected while a run waits was seen by nobody: it is asked again, and only then loaded.
+
+    The record of each approval says what was shown for it.
+    """
+    for name, tags in (("airlines", ["agreed"]), ("airports", ["agreed"]), ("planes", [])):
+        box.airbyte.set(name, tags=tags)
+    selection = {"tool": "airbyte-connections", "server": "airbyte", "tags": ["agreed"]}
+    notify = [{"tool": "slack", "webhook": "data-alerts", "pipeline": "by-tag"}]
+    asked = chain(approval={"before": ["load"]}, activations=[], notify=notify)
+    asked["syncs"] = [{**selection, "policy": {"poll": 0.1}}]
+    run_id = client.create_flow_run_from_deployment(deploy(client, elt_chain, "by-tag", parameters=asked)).id
+    assert take_up(client, run_id, elt_chain) is None
+    box.airbyte.set("planes", tags=["agreed"])
+    assert answer(client, run_id, ADA).status is SetStateStatus.ACCEPT
+    assert take_up(client, run_id, elt_chain) is None
+    assert starts(box) == 0
+    first, second = sorted(_questions(client, run_id), key=lambda question: str(question["key"]))
+    assert "planes" not in first["shown"]
+    assert "planes" in second["shown"]
+    assert second["deadline"] > first["deadline"]
+    told = [message.text for message in box.slack.messages]
+    assert "◦ *approval of the load* is waited for" in told[0]
+    assert "◦ *approval of the load, which has changed since it was given,* is waited for" in told[1]
+    assert answer(client, run_id, {**ADA, "name": "Grace Hopper"}).status is SetStateStatus.ACCEPT
+    ended = take_up(client, run_id, elt_chain)
+    assert ended is not None
+    assert ended.name == "Completed", ended.message
+    assert starts(box) == 3
+    records = artifacts(client, run_id, "approval-the-load")
+    assert [(said.split(":")[0], "planes" in text) for said, text in records] == [
+        ("approved by Ada Lovelace", False),
+        ("approved by Grace Hopper", True),
+    ]
+    assert box.slack.messages[-1].text.count("is no longer waited for") == 2
 
 
 async def test_resumed_elsewhere(pool: str, client: SyncPrefectClient, tmp_path: Path) -> None:
