@@ -124,7 +124,7 @@ def elt_chain(
         if not progress:
             asking.check(activations)
             jobs_asked_for = [found.request for found in (*checked, *checked_activations)]
-            check_gate_names(gates, [found.request for found in checked], transform, plan)
+            check_gate_names(gates, checked, transform, plan)
             check_rule(allow_failure, ids_and_names([*before, *jobs_asked_for, *after]))
     except KNOWN_ERRORS as error:
         telling.refused(error)

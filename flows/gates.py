@@ -14,23 +14,26 @@ from flows.gate import Gate
 from flows.parameters import GateCheck, Transform
 from flows.report import Step, StepState
 from tasks.dbt.freshness import Freshness, SourceAge, SourcesStale
-from tasks.dbt.lineage import LineageNode
+from tasks.dbt.lineage import LineageNode, listed
 from tasks.dbt.model import DbtError, DbtPlan, DbtState
+from tasks.dbt.parts import IN_A_FILE
 from tasks.dbt_core import DbtCore, dbt_freshness
-from tasks.gates import Finding, FreshnessGate, look_at_gate
-from tasks.jobs import InputError, Request, without_traceback
+from tasks.gates import Finding, FreshnessGate, RowsGate, look_at_gate
+from tasks.jobs import Checked, InputError, without_traceback
+from tasks.tools import TOOLS
 
 
 def check_gate_names(
     gates: Sequence[GateCheck],
-    requests: Sequence[Request],
+    checked: Sequence[Checked[Any]],
     transform: Transform | None,
     plan: DbtPlan | None = None,
 ) -> None:
-    """See that gates are about connections that are in the run, and that freshness has something to look at.
+    """See that gates are about connections that are in the run, and that there is something to look at.
 
     Raises:
-        InputError: One is not, or has none. Nothing was started.
+        InputError: One is not; freshness has no threshold, or rows are asked of a tool that counts none.
+            Nothing was started.
     """
     if any(isinstance(gate, FreshnessGate) for gate in gates):
         if not isinstance(transform, DbtCore):
@@ -40,6 +43,7 @@ def check_gate_names(
                 f"A gate of freshness needs sources with a freshness threshold, and the dbt project "
                 f"{plan.project} has none. Nothing was started."
             )
+    requests = [found.request for found in checked]
     known = {text for request in requests for text in (request.resource_id, request.label)}
     for gate in gates:
         if unknown := [name for name in gate.connections if name not in known]:
@@ -47,6 +51,18 @@ def check_gate_names(
                 f"The gate {gate.label} is about {', '.join(unknown)}, which is not in this run. In it are: "
                 f"{', '.join(sorted({request.label for request in requests}))}. Nothing was started."
             )
+        if isinstance(gate, RowsGate) and gate.at_least is not None:
+            about = [
+                found for found in checked if gate.is_about(found.request.resource_id, found.request.label)
+            ]
+            if never := [found.request for found in about if not found.counts_rows]:
+                raise InputError(
+                    f"The gate {gate.label} expects at least {gate.at_least:,} rows of "
+                    f"{listed(sorted(request.label for request in never))}, and "
+                    f"{listed(sorted({TOOLS[request.tool].title for request in never}))} does not tell how "
+                    "many there were: name other connections, or ask the warehouse by a gate of SQL. Nothing "
+                    "was started."
+                )
 
 
 @dataclass
@@ -101,7 +117,13 @@ class Looked:
         )
 
     def add(
-        self, gate: GateCheck, found: Sequence[Finding], passed: Sequence[str], idle: str, trouble: str | None
+        self,
+        gate: GateCheck,
+        found: Sequence[Finding],
+        passed: Sequence[str],
+        idle: str,
+        trouble: str | None,
+        unknown: Sequence[str] = (),
     ) -> None:
         """Take in what came of a gate.
 
@@ -111,6 +133,7 @@ class Looked:
             passed: Keys of what passed.
             idle: What to say if it is about nothing.
             trouble: Why it could not be looked at.
+            unknown: Of which syncs nothing could be compared.
         """
         log = get_run_logger()
         for finding in found:
@@ -122,15 +145,17 @@ class Looked:
         elif trouble:
             log.warning("%s: %s", gate.label, trouble)
             self.steps.append(_step(gate, StepState.FAILED, trouble))
-        elif passed:
+        elif passed and not unknown:
             self.steps.append(_step(gate, StepState.SUCCEEDED))
         else:
+            if unknown:
+                idle = f"nothing to compare for {listed(unknown)}: it is not told how many rows landed"
             log.warning("%s: %s", gate.label, idle)
             self.steps.append(_step(gate, StepState.PARTIAL, idle))
 
 
 def look_at_gates(gates: Sequence[GateCheck], chain: Gate, transform: Transform | None) -> Looked:
-    """Look at all gates at the same time.
+    """Look at all gates at the same time, and once at the age of the sources for all that ask for it.
 
     A gate that could not be looked at stays shut for all that it is about.
 
@@ -141,25 +166,33 @@ def look_at_gates(gates: Sequence[GateCheck], chain: Gate, transform: Transform 
     """
     without_traceback(DbtError)
     jobs = chain.outcomes
-    looks: list[PrefectFuture[Any]] = [
-        submit(dbt_freshness, transform.whole)
-        if isinstance(gate, FreshnessGate) and isinstance(transform, DbtCore)
-        else submit(look_at_gate, gate, list(jobs))  # type: ignore[arg-type]  # freshness was just looked for
-        for gate in gates
-    ]
+    looks: dict[int, PrefectFuture[Any]] = {
+        number: submit(look_at_gate, gate, list(jobs))
+        for number, gate in enumerate(gates)
+        if not isinstance(gate, FreshnessGate)
+    }
+    ages: Any = None
+    if isinstance(transform, DbtCore) and len(looks) < len(gates):
+        if chain.plan and chain.plan.adapter in IN_A_FILE:
+            for look in looks.values():
+                look.wait()  # dbt is another process, and could not open the file meanwhile
+        ages = submit(dbt_freshness, transform.whole).result(raise_on_failure=False)
     looked = Looked()
-    for gate, look in zip(gates, looks, strict=True):
-        answer: Any = look.result(raise_on_failure=False)
+    for number, gate in enumerate(gates):
         if isinstance(gate, FreshnessGate):
-            looked.add_sources(gate, answer, chain)
+            looked.add_sources(gate, ages, chain)
             continue
+        answer: Any = looks[number].result(raise_on_failure=False)
         landed = [job for job in gate.about(jobs) if job.good]
         trouble = None if isinstance(answer, list) else _why(answer)
         found = [Finding.of(gate, job, trouble) for job in landed] if trouble else answer
         shut = {(finding.vendor, finding.resource_id) for finding in found}
-        passed = [Finding.of(gate, j, "").key for j in landed if (j.vendor, j.resource_id) not in shut]
+        open_for = [job for job in landed if (job.vendor, job.resource_id) not in shut]
+        # Without rows a gate of rows stays shut as soon as it has anything to compare them to.
+        unknown = [job for job in open_for if isinstance(gate, RowsGate) and job.rows is None]
+        passed = [Finding.of(gate, job, "").key for job in open_for if job not in unknown]
         idle = "none of the connections that it is about has landed: nothing was looked at"
-        looked.add(gate, found, passed, idle, trouble)
+        looked.add(gate, found, passed, idle, trouble, [job.name for job in unknown])
     return looked
 
 

@@ -233,6 +233,7 @@ def _checked(sync: FivetranSync, connection: Connection) -> Checked[FivetranSync
         namespace=connection.namespace,
         streams=tuple(connection.tables),
         problem=problem_of(connection),
+        counts_rows=False,
     )
 
 

@@ -55,28 +55,37 @@ class _Gate(ToolParameters):
         """What a person calls it."""
         raise NotImplementedError
 
+    def is_about(self, *names: str) -> bool:
+        """Whether it is about a connection, by its id and its name."""
+        return not self.connections or not set(names).isdisjoint(self.connections)
+
     def about(self, jobs: Sequence[JobResult]) -> list[JobResult]:
         """The syncs that it is about."""
-        wanted = set(self.connections)
-        return [job for job in jobs if not wanted or {job.resource_id, job.name} & wanted]
+        return [job for job in jobs if self.is_about(job.resource_id, job.name)]
 
 
 class RowsGate(_Gate):
     """How many rows each sync must have moved.
 
     A sync with a history of rows that now moved none, or far fewer than usual, did not do its work, whatever
-    its vendor says.
+    its vendor says. Of one that is not told how many rows it moved, now or ever, nothing can be compared: the
+    gate opens and says so.
     """
 
     tool: Literal["rows"] = "rows"
-    at_least: int | None = Field(default=None, ge=0, title="At least", description="Rows.")
+    at_least: int | None = Field(
+        default=None,
+        ge=0,
+        title="At least",
+        description="Rows. Not for a connection whose tool counts none, such as Fivetran's.",
+    )
     share_of_usual: float | None = Field(
         default=None,
         gt=0,
         le=1,
         title="Share of usual",
-        description="Of the median of the last good syncs; without a history everything passes. A sync that "
-        "a gate of rows found too small is none of them.",
+        description="Of the median of the last good syncs; without a history every number of rows passes. A "
+        "sync that a gate of rows found too small is none of them.",
     )
     runs: int = Field(default=5, ge=1, le=50, title="Runs", description="How many syncs make what is usual.")
     usual_since: Moment | None = Field(

@@ -20,6 +20,7 @@ from pydantic import (
 from blocks.http import NotFoundError
 from blocks.http_job import HttpJob, resource_id
 from blocks.http_job_fill import Value
+from blocks.http_job_parts import Reading
 from blocks.reference import NAMED, load_block, stored_block
 from tasks.http_job_vendor import HttpJobVendor, job_name
 from tasks.jobs import (
@@ -72,6 +73,10 @@ class HttpJobRun(ToolParameters):
         return self.name or self.resource_id
 
 
+def _readings(job: HttpJob) -> list[Reading]:
+    return [part.read for part in (job.poll, job.listing) if part and part.read]
+
+
 def _arguments(run: HttpJobRun, job: HttpJob) -> dict[str, Value]:
     try:
         return job.arguments(run.arguments)
@@ -80,8 +85,8 @@ def _arguments(run: HttpJobRun, job: HttpJob) -> dict[str, Value]:
 
 
 def _refuse_uncounted(run: HttpJobRun, job: HttpJob) -> None:
-    readings = [part.read for part in (job.poll, job.listing) if part and part.read]
-    if run.policy.max_rows_rejected is not None and not any(reading.rows_rejected for reading in readings):
+    told = any(reading.rows_rejected for reading in _readings(job))
+    if run.policy.max_rows_rejected is not None and not told:
         raise InputError(
             f"{job.service} ({job_name(run.job)}): the declaration does not say where `rows_rejected` is, so "
             "that max_rows_rejected can't be checked. Nothing was started."
@@ -107,7 +112,8 @@ async def _look_up(run: HttpJobRun, job: HttpJob) -> Checked[HttpJobRun]:
     )
     if problem:
         problem = f"{job.service}: {named.label} can't be started: {problem}. Nothing was started for it."
-    return Checked(named, problem=problem)
+    counts_rows = any(reading.rows for reading in _readings(job))
+    return Checked(named, problem=problem, counts_rows=counts_rows)
 
 
 @task(name="http-job-check", task_run_name="check HTTP jobs", tags=["http-job"], cache_policy=NO_CACHE)

@@ -165,6 +165,7 @@ async def test_check(sandbox: Sandbox, credentials: FivetranCredentials) -> None
     assert "its setup is broken" in str(sheet.problem)
     assert (weather.namespace, weather.streams) == ("fivetran_weather", ())
     assert (sheet.namespace, sheet.streams) == ("fivetran_sheets", ("airports",))
+    assert not any(found.counts_rows for found in (weather, fleet, sheet))
     assert sandbox.requests.count(vendor="fivetran", method="POST") == 0
 
 

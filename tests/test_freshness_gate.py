@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect import flow
 from prefect.logging import disable_run_logger
+from prefect_sqlalchemy import SqlAlchemyConnector
 
+import tasks.gates
 from flows import StepState
 from flows.gate import Gate
 from flows.gates import Looked, check_gate_names, look_at_gates
 from tasks.dbt.freshness import Freshness, SourceAge, SourcesStale
 from tasks.dbt.lineage import Lineage, LineageNode
 from tasks.dbt.model import DbtPlan, DbtState
+from tasks.dbt.process import DbtProcess
 from tasks.dbt_core import DbtCore
 from tasks.fivetran import FivetranSync
-from tasks.gates import FreshnessGate, GateCheck, RowsGate
+from tasks.gates import FreshnessGate, GateCheck, RowsGate, SqlGate
 from tasks.jobs import Checked, EventLoopTaskRunner, InputError, JobResult, JobState
+from tests.dbt_project import Project
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["collected"]
 
-pytestmark = PREFECTS_SOCKETS
+pytestmark = [pytest.mark.usefixtures("warm_dbt"), *PREFECTS_SOCKETS]
 
 
 def source(name: str, *, watched: bool = True, by: str | None = None) -> LineageNode:
@@ -136,6 +141,74 @@ def test_a_gate_that_looked_at_nothing_says_so() -> None:
     assert "none of the sources that it is about has landed" in step.line
     (step,) = looked_at([RowsGate(at_least=1)], chain(a=False), DbtCore(project_dir=Path())).steps
     assert step.message == "none of the connections that it is about has landed: nothing was looked at"
+
+
+def test_gates_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two gates of freshness ask dbt once, and not while a query has the file of the warehouse open."""
+    project = Project(tmp_path)
+    project.set(name="p")
+    fresh = "loaded_at_query: \"select timestamp '2999-01-01'\", "
+    fresh += "freshness: {error_after: {count: 1, period: day}}"
+    tables = ", ".join(f"{{name: {name}, config: {{{fresh}}}}}" for name in "ab")
+    project.write("models/schema.yml", f"sources: [{{name: raw, tables: [{tables}]}}]")
+    done: list[str] = []
+    dbt_began, ask, running = threading.Event(), tasks.gates._ask, DbtProcess.running
+
+    def asking(engine: Any, query: str) -> Any:
+        with engine.connect():  # the file is open until dbt begins, or long enough for it to have done so
+            dbt_began.wait(3)
+        done.append("query")
+        return ask(engine, query)
+
+    def starting(request: dict[str, Any], **more: Any) -> Any:
+        done.append(request["mode"])
+        dbt_began.set()
+        return running(request, **more)
+
+    monkeypatch.setattr("tasks.gates._ask", asking)
+    monkeypatch.setattr(DbtProcess, "running", starting)
+    database = SqlAlchemyConnector(connection_info=f"duckdb:///{project.warehouse}")
+    looked = looked_at(
+        [
+            FreshnessGate(name="of a", connections=["a"]),
+            SqlGate(database=database, query="select 1", at_least=1),
+            FreshnessGate(name="of b", connections=["b"]),
+        ],
+        chain(source("a", by="a"), source("b", by="b"), a=True, b=True),
+        project.core(),
+    )
+    assert done == ["query", "freshness"]
+    assert [(step.name, step.state) for step in looked.steps] == [
+        ("of a", StepState.SUCCEEDED),
+        ("select 1", StepState.SUCCEEDED),
+        ("of b", StepState.SUCCEEDED),
+    ]
+
+
+def test_rows_that_nobody_tells() -> None:
+    """Without a number and a history nothing is compared: the gate says so, and calls nothing well again."""
+    gate = RowsGate(share_of_usual=0.5)
+    looked = looked_at([gate], chain(a=True), DbtCore(project_dir=Path()))
+    (step,) = looked.steps
+    assert (step.state, step.good) == (StepState.PARTIAL, True)
+    assert step.message == "nothing to compare for a: it is not told how many rows landed"
+    assert (looked.findings, looked.passed) == ([], [])
+    about = chain(a=True, b=True)
+    about.outcomes = [about.outcomes[0], about.outcomes[1].model_copy(update={"rows": 5})]
+    looked = looked_at([gate], about, DbtCore(project_dir=Path()))
+    assert [step.state for step in looked.steps] == [StepState.PARTIAL]
+    assert looked.passed == ["rows/id-b/rows"]
+
+
+def test_at_least_so_many_rows_of_a_tool_that_counts_none() -> None:
+    """A gate that would stay shut whatever has landed is refused before anything is started."""
+    syncs = [
+        Checked(FivetranSync(credentials="fivetran", connection_id="silent", name="crm"), counts_rows=False),
+        Checked(FivetranSync(credentials="fivetran", connection_id="told")),
+    ]
+    with pytest.raises(InputError, match=r"at least 1,000 rows of crm, and Fivetran does not tell how many"):
+        check_gate_names([RowsGate(at_least=1000)], syncs, None)
+    check_gate_names([RowsGate(at_least=1, connections=["told"]), RowsGate(share_of_usual=1)], syncs, None)
 
 
 def test_a_gate_about_some_connections_looks_at_their_sources() -> None:

@@ -447,6 +447,7 @@ async def test_checked(desk: Desk) -> None:
     """A check finds the name, and refuses what does not exist, is listed twice or can't be refreshed."""
     (found,) = await http_job_check([desk.parameters()])
     assert found.request.name == desk.box.dashboards.dashboard(desk.board).spec.name
+    assert not found.counts_rows  # the declaration reads none
     with pytest.raises(InputError, match="listed more than once"):
         await http_job_check([desk.parameters()] * 2)
     nobodys = desk.parameters().model_copy(

@@ -13,7 +13,8 @@ from tasks.dbt.lineage import Lineage, LineageNode, listed
 from tasks.dbt.model import DbtCore, DbtInputError, DbtPlan
 
 _TESTS = frozenset({"test", "unit_test"})
-_NEVER_IN_PARALLEL = frozenset({"duckdb", "sqlite"})  # one process may write at a time
+IN_A_FILE = frozenset({"duckdb", "sqlite"})
+"""Adapters of a warehouse that one process may have open at a time."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Parts:
 
     def at_once(self, asked: int, adapter: str) -> tuple[int, str | None]:
         """How many intervals may be built at a time, and why not as many as asked for."""
-        if asked > 1 and adapter in _NEVER_IN_PARALLEL:
+        if asked > 1 and adapter in IN_A_FILE:
             return 1, f"{adapter} lets one process write at a time"
         if asked > 1 and self.tables_between:
             names = listed(sorted(self.lineage.name_of(id_) for id_ in self.tables_between))

@@ -72,6 +72,7 @@ class Checked(Generic[P]):
         prefix: What is put before each stream's name to make the table's.
         streams: The streams that it loads; empty where the vendor does not say.
         problem: Why it can't be started now (inactive, paused, broken); None if it can.
+        counts_rows: Whether the vendor tells how many rows a job of it has moved.
     """
 
     request: P
@@ -79,6 +80,7 @@ class Checked(Generic[P]):
     prefix: str = ""
     streams: tuple[str, ...] = ()
     problem: str | None = None
+    counts_rows: bool = True
 
 
 @dataclass(frozen=True)
