@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,16 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from deployments.check_dbt import ANY, Failed, known_ids
+from deployments.check_dbt import ANY, DbtProject, Failed, ids, known_ids
+from tasks.dbt.lineage import Lineage, LineageNode
 
 ROOT = Path(__file__).parent.parent
 PREFECT_FILE = ROOT / "deployments" / "prefect.yaml"
 
 
-def check(project: Path) -> subprocess.CompletedProcess[str]:
+def check(project: Path, **env: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "deployments.check_dbt", "--project", str(project)]
     return subprocess.run(  # noqa: S603
-        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=150
+        command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=150, env={**os.environ, **env}
     )
 
 
@@ -37,20 +40,37 @@ def test_the_stage_passes() -> None:
 
 
 def test_every_mistake_is_named(tmp_path: Path) -> None:
-    """One mistake does not hide the next: each check says its own."""
+    """One mistake does not hide the next: each check says its own.
+
+    The profiles may lie in another folder, where dbt is told to look for them.
+    """
     project = tmp_path / "dbt"
     shutil.copytree(ROOT / "sandbox" / "dbt", project, ignore=shutil.ignore_patterns("target", "logs"))
     selectors = project / "selectors.yml"
-    selectors.write_text(selectors.read_text().replace("value: weather_stations", "value: weather_station"))
+    text = selectors.read_text().replace("value: weather_stations", "value: weather_station")
+    selectors.write_text(
+        text + "  - name: mistyped\n    definition:\n      union:\n        - tag:weahter\n"
+        "        - intersection:\n            - 'fqn:dim_airlines+'\n            - resource_type:model\n"
+        "            - exclude: [{method: tag, value: nobodys}]\n"
+    )
     sources = project / "models" / "sources" / "sources.yml"
     sources.write_text(sources.read_text().replace("7f1a6001-2013", "7f1a6009-2013"))
     standards = project / "pyproject.toml"
     standards.write_text(standards.read_text().replace("fail_project_under = 9.0", "fail_project_under = 11"))
-    done = check(project)
+    exposures = project / "models" / "exposures.yml"
+    of_scorecard = r"depends_on:\s+- ref\('mart_carrier_scorecard'\)"
+    exposures.write_text(re.sub(of_scorecard, "depends_on: []", exposures.read_text()))
+    profiles = tmp_path / "profiles" / "profiles.yml"
+    profiles.parent.mkdir()
+    (project / "profiles.yml").rename(profiles)
+    done = check(project, DBT_PROFILES_DIR=str(profiles.parent))
     assert done.returncode == 1
     lines = done.stdout.splitlines()
+    assert "✗ exposures: exposure crm_carrier_scorecard depends on nothing that is enabled" in lines
     assert any(line.startswith("✗ standards: ") for line in lines)
-    assert "✗ selectors: nothing is selected by weather" in lines
+    assert (
+        "✗ selectors: nothing is selected by weather; mistyped: nothing is selected by tag:weahter" in lines
+    )
     assert (
         "✗ ids: source flights: airbyte_connection_id is 7f1a6009-2013-4a00-8000-000000000001, which no "
         "deployment runs"
@@ -84,4 +104,27 @@ def test_a_selection_may_stand_for_any_connection(tmp_path: Path) -> None:
         "deployments: [{name: tagged, parameters: {syncs: "
         "[{tool: airbyte-connections, server: airbyte, tags: [nightly]}]}}]"
     )
-    assert known_ids(file) == {"airbyte": {ANY}}
+    known = known_ids(file)
+    assert known == {"airbyte": {ANY}}
+    known["airbyte"].add("one")
+    project = DbtProject(tmp_path, tmp_path)
+    project.lineage = Lineage(
+        {
+            name: LineageNode(name, name, "source", meta={"airbyte_connection_id": id_})
+            for name, id_ in (("flights", "One"), ("weather", "two"), ("planes", "three"))
+        }
+    )
+    assert ids(project, known) == (
+        "1 ids in meta; 2 were not checked, because a deployment takes what its vendor selects: "
+        "source weather: airbyte_connection_id two, source planes: airbyte_connection_id three"
+    )
+
+
+def test_an_exposure_of_nobody(tmp_path: Path) -> None:
+    """An exposure without an owner's name is told: nobody would hear that it is late."""
+    project = DbtProject(tmp_path, tmp_path)
+    model = LineageNode("model.p.m", "m", "model")
+    exposure = LineageNode("exposure.p.e", "e", "exposure", (model.unique_id,))
+    project.lineage = Lineage({node.unique_id: node for node in (model, exposure)})
+    with pytest.raises(Failed, match="exposure e has no owner"):
+        project.exposures()
