@@ -22,7 +22,8 @@ from prefect.utilities.schema_tools.hydration import HydrationError
 from pydantic import TypeAdapter, ValidationError
 
 from deployments.entries import Entry, Schedule
-from deployments.environments import DeployError
+from deployments.environments import DeployError, Environment
+from tasks.block_references import OutOfReach, block_references, with_blocks
 from tasks.events import OnceTrigger, render
 
 EXAMPLES = Path(__file__).with_name("examples")
@@ -156,12 +157,17 @@ def _trigger(entry: Entry, spec: dict[str, Any], examples: Path) -> Iterator[str
         yield f"a trigger has no {', '.join(unknown)}"
     if not trigger.parameters:
         return
-    for event in sorted(_expected(spec)):
-        found = sorted(file for file in examples.glob("*.json") if fnmatch.fnmatch(file.stem, event))
-        if not found:
+    for event, files in _examples(spec, examples):
+        if not files:
             yield f"there is no example of the event {event}: put one into {examples.name}/{event}.json"
-        for file in found:
+        for file in files:
             yield from (f"{file.name}: {problem}" for problem in _rendered(entry, trigger.parameters, file))
+
+
+def _examples(spec: dict[str, Any], examples: Path) -> Iterator[tuple[str, list[Path]]]:
+    """The files with examples of each event that a trigger expects."""
+    for event in sorted(_expected(spec)):
+        yield event, sorted(file for file in examples.glob("*.json") if fnmatch.fnmatch(file.stem, event))
 
 
 def _read(entry: Entry, spec: dict[str, Any]) -> Any:
@@ -182,10 +188,7 @@ def _expected(spec: dict[str, Any]) -> set[str]:
 def _rendered(entry: Entry, parameters: dict[str, Any], example: Path) -> Iterator[str]:
     """What is wrong with the parameters that a trigger makes of an example of its event."""
     try:
-        event = ReceivedEvent.model_validate(
-            {"id": "00000000-0000-0000-0000-000000000000", "occurred": "2026-01-01T00:00:00Z"}
-            | json.loads(example.read_text())
-        )
+        event = _event(example)
     except ValueError as error:
         yield f"the example is no event: {_first_line(error)}"
         return
@@ -195,6 +198,83 @@ def _rendered(entry: Entry, parameters: dict[str, Any], example: Path) -> Iterat
         yield f"its parameters do not render: {_first_line(error)}"
         return
     yield from _parameters(entry, {**entry.parameters, **made}, needs_all=True)
+
+
+def _event(example: Path) -> ReceivedEvent:
+    return ReceivedEvent.model_validate(
+        {"id": "00000000-0000-0000-0000-000000000000", "occurred": "2026-01-01T00:00:00Z"}
+        | json.loads(example.read_text())
+    )
+
+
+# -- in an environment --------------------------------------------------------------------------------------
+
+
+def with_trigger_blocks(entry: Entry, here: Environment, examples: Path) -> Entry:
+    """The same deployment, with an environment's blocks in the parameters of Prefect's own triggers.
+
+    Which of them are blocks is seen in what they render to.
+
+    Args:
+        entry: As it is in the file, with nothing wrong in it.
+        here: The environment.
+        examples: Where the example events are.
+
+    Raises:
+        DeployError: A template writes a block's name. Prefect renders it itself, so it can't be replaced.
+    """
+    triggers = []
+    for spec in entry.triggers:
+        try:
+            given = with_blocks(entry.flow, spec.get("parameters") or {}, here.blocks, _made(spec, examples))
+        except OutOfReach as block:
+            raise DeployError(
+                f"{entry.name}: trigger {spec['name']}: a template writes the name of {block}, and "
+                f"{here.tag} has another: write it outside of the template"
+            ) from None
+        triggers.append({**spec, "parameters": given} if given else spec)
+    return entry.model_copy(update={"triggers": triggers})
+
+
+def not_its_own(entry: Entry, here: Environment) -> Iterator[str]:
+    """Why a look must not be in an environment: a run of it would take away another environment's files.
+
+    Args:
+        entry: As it is in the file.
+        here: The environment.
+    """
+    what = entry.parameters.get("what")
+    if not (here.prefix and isinstance(what, dict) and what.get("action") in ("move", "delete")):
+        return
+    slugs = {f"{found.kind}/{found.name}" for found in block_references(entry.flow, {"what": what})}
+    if "what" not in here.parameters and not here.blocks.keys() & {what.get("bucket"), *slugs}:
+        yield (
+            f"{entry.name}: {here.tag} would {what['action']} files of the place that the file names: put it "
+            "into `without`, or its bucket into `blocks`, in environments.yaml"
+        )
+
+
+def blocks_named(entry: Entry, here: Environment, examples: Path) -> set[str]:
+    """The slugs of all blocks that runs of a deployment name: by its own parameters, schedules and triggers.
+
+    Args:
+        entry: As it is in the environment, with nothing wrong in it.
+        here: The environment.
+        examples: Where the example events are.
+    """
+    given = [entry.parameters, *(schedule.parameters for schedule in entry.schedules)]
+    for spec in entry.triggers:
+        given += _made(spec, examples)
+    for spec in entry.once_triggers:
+        given += (with_blocks(entry.flow, made, here.blocks) for made in _made(spec, examples))
+    return {found.slug for parameters in given for found in block_references(entry.flow, parameters)}
+
+
+def _made(spec: dict[str, Any], examples: Path) -> list[dict[str, Any]]:
+    """What a trigger renders to on each example of its events."""
+    parameters = spec.get("parameters") or {}
+    files = [file for _, found in _examples(spec, examples) for file in found] if parameters else []
+    return [render(parameters, _event(file)) for file in files]
 
 
 # -- pull steps ---------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import contextlib
 import io
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import UUID
@@ -30,8 +30,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 import blocks
-from deployments.block_references import block_references, with_blocks
-from deployments.checks import EXAMPLES, problems_of
+from deployments.checks import EXAMPLES, blocks_named, not_its_own, problems_of, with_trigger_blocks
 from deployments.entries import Entry, read_entries
 from deployments.environments import FILE, DeployError, Environment, Environments, read_environments
 from deployments.plan import DeploymentPlan, marked_deployments, plan_deployments
@@ -79,22 +78,30 @@ def entries_of(environment: Environment, *files: Path, examples: Path = EXAMPLES
         raise DeployError(f"{environment.tag} is without {', '.join(sorted(unknown))}, which is in no file")
     if problems := problems_of(entries, examples):
         raise DeployError("\n".join(problems))
-    changed = tuple(
-        entry.model_copy(
-            update={"parameters": with_blocks(entry.flow, entry.parameters, environment.blocks)}
-        ).within(environment)
-        for entry in entries
-        if entry.name not in environment.without
-    )
+    there = [entry for entry in entries if entry.name not in environment.without]
+    if problems := [one for entry in there for one in not_its_own(entry, environment)]:
+        raise DeployError("\n".join(problems))
+    changed = tuple(with_trigger_blocks(one, environment, examples).within(environment) for one in there)
     if environment.parameters and (problems := problems_of(changed, examples)):
         raise DeployError("\n".join(problems))
     return changed
 
 
 async def make_plan(
-    client: PrefectClient, environments: Environments, environment: Environment, entries: Sequence[Entry]
+    client: PrefectClient,
+    environments: Environments,
+    environment: Environment,
+    entries: Sequence[Entry],
+    examples: Path = EXAMPLES,
 ) -> Plan:
     """What there is to do. Nothing is changed.
+
+    Args:
+        client: Of the server.
+        environments: All of environments.yaml.
+        environment: Where they are to be put.
+        entries: As they are there, checked.
+        examples: Where an example of each event is that a trigger expects.
 
     Raises:
         DeployError: A work pool is neither in environments.yaml nor on the server, or is of another type.
@@ -112,7 +119,8 @@ async def make_plan(
             plan.limits[name] = limit
     plan.block_types = [kind for kind in _block_types() if not await _is_registered(client, kind)]
     plan.deployments = await plan_deployments(client, entries, environment)
-    plan.missing_blocks = await _missing_blocks(client, entries)
+    named = {entry.name: blocks_named(entry, environment, examples) for entry in entries}
+    plan.missing_blocks = await _missing_blocks(client, named)
     return plan
 
 
@@ -220,18 +228,14 @@ async def _is_registered(client: PrefectClient, kind: type[Block]) -> bool:
     return True
 
 
-async def _missing_blocks(client: PrefectClient, entries: Sequence[Entry]) -> dict[str, list[str]]:
-    named: dict[str, list[str]] = {}
-    for entry in entries:
-        for slug in {found.slug for found in block_references(entry.flow, entry.parameters)}:
-            named.setdefault(slug, []).append(entry.name)
+async def _missing_blocks(client: PrefectClient, named: Mapping[str, set[str]]) -> dict[str, list[str]]:
     missing = {}
-    for slug in sorted(named):
+    for slug in sorted(set().union(*named.values())):
         kind, name = slug.split("/", 1)
         try:
             await client.read_block_document_by_name(name, kind, include_secrets=False)
         except ObjectNotFound:
-            missing[slug] = named[slug]
+            missing[slug] = [name for name, slugs in named.items() if slug in slugs]
     return missing
 
 
@@ -274,7 +278,7 @@ async def _deploy(options: argparse.Namespace) -> int:
     here = environments.pick(options.env, options.branch)
     entries = entries_of(here, *(options.prefect_file or ()), examples=options.examples)
     async with _server() as client:
-        plan = await make_plan(client, environments, here, entries)
+        plan = await make_plan(client, environments, here, entries, options.examples)
         _tell(plan, here)
         if plan.missing_blocks and options.strict:
             raise DeployError("blocks are missing, and --strict was asked for: nothing was changed")
@@ -294,7 +298,7 @@ async def _deploy(options: argparse.Namespace) -> int:
                 _say(f"  {len(gone)} in no file any more: --prune deletes them")
         for pool in _pools(entries):
             if not await _has_worker(client, pool):
-                _say(f"  no worker is up for {pool}: prefect worker start --pool {pool}")
+                _say(f"  no worker is up for {pool}: .venv/bin/prefect worker start --pool {pool}")
     return 0
 
 

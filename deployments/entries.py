@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from blocks.fields import tagged_owner
 from deployments.environments import DeployError, Environment, load_yaml, parse
+from tasks.block_references import with_blocks
+from tasks.environment import Here
 from tasks.events import OnceTrigger, read_triggers
+from tasks.events.triggers import renamed
 
 FILES = tuple(Path(__file__).with_name(name) for name in ("prefect.yaml", "pipelines.yaml"))
 
@@ -109,48 +112,43 @@ class Entry(_Strict):
         return tagged_owner(self.tags)
 
     def within(self, environment: Environment) -> Entry:
-        """The same deployment as it is in an environment; names of blocks are left as they are."""
+        """The same deployment as it is in an environment.
+
+        Only the blocks that triggers name are as in the file: a template may stand where a parameter is not
+        yet what the flow takes, see `with_trigger_blocks` and `OnceTrigger.using_blocks_of`.
+        """
         variables = {**self.work_pool.job_variables}
         if environment.variables:
             variables["env"] = {**variables.get("env", {}), **environment.variables}
         pool = environment.work_pool or self.work_pool.name
-        replaced = {name: value for name, value in environment.parameters.items() if name in self.parameters}
+        here = environment.here
+        triggers = [renamed(one, here.prefix) for one in self.triggers]
+        once = [renamed(one, here.prefix) for one in self.once_triggers] if here.triggers else []
         return self.model_copy(
             update={
                 "name": environment.deployment_name(self.name),
                 "tags": [*self.tags, environment.tag],
                 "work_pool": self.work_pool.model_copy(update={"name": pool, "job_variables": variables}),
-                "parameters": {**self.parameters, **replaced},
-                "triggers": [_marked(_renamed(trigger, environment)) for trigger in self.triggers],
-                "once_triggers": [_renamed(t, environment) for t in self.once_triggers]
-                if environment.triggers
-                else [],
+                "parameters": self._parameters(self.parameters, here),
+                "schedules": [
+                    one.model_copy(update={"parameters": self._parameters(one.parameters, here)})
+                    if one.parameters
+                    else one
+                    for one in self.schedules
+                ],
+                "triggers": [_marked(_in_place(one, here)) for one in triggers],
+                "once_triggers": [_in_place(one, here) for one in once],
             }
         )
 
-
-def _renamed(trigger: dict[str, Any], environment: Environment) -> dict[str, Any]:
-    """Automations are told apart by name, and a branch's is another one, of the branch's own deployments."""
-    renamed = {**trigger}
-    if "name" in trigger:
-        renamed["name"] = f"{environment.prefix}{trigger['name']}"
-    if "triggers" in trigger:
-        renamed["triggers"] = [_renamed(one, environment) for one in trigger["triggers"]]
-    if related := trigger.get("match_related"):
-        specs = [
-            _of_environment(one, environment) for one in (related if isinstance(related, list) else [related])
-        ]
-        renamed["match_related"] = specs if isinstance(related, list) else specs[0]
-    return renamed
+    def _parameters(self, given: dict[str, Any], here: Here) -> dict[str, Any]:
+        return here.instead(with_blocks(self.flow, given, here.blocks) if here.blocks else given)
 
 
-def _of_environment(spec: dict[str, Any], environment: Environment) -> dict[str, Any]:
-    """Related deployments under the names that they have here."""
-    names = spec.get("prefect.resource.name")
-    if spec.get("prefect.resource.role") != "deployment" or not names:
-        return spec
-    here = [environment.deployment_name(name) for name in ([names] if isinstance(names, str) else names)]
-    return {**spec, "prefect.resource.name": here[0] if isinstance(names, str) else here}
+def _in_place(trigger: dict[str, Any], here: Here) -> dict[str, Any]:
+    """A trigger with the environment's own values, where it gives such parameters."""
+    given = trigger.get("parameters")
+    return {**trigger, "parameters": here.instead(given)} if given else trigger
 
 
 def _marked(trigger: dict[str, Any]) -> dict[str, Any]:
@@ -197,6 +195,4 @@ def load_triggers(environment: Environment, files: Sequence[Path] = FILES) -> tu
     Raises:
         TriggersWrong: A file can't be read, or an entry can't be used.
     """
-    if not environment.triggers:
-        return ()
-    return read_triggers(*files, prefix=environment.prefix, without=environment.without)
+    return read_triggers(*files, here=environment.here)

@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tasks.environment import PREFIX_VARIABLE
+from tasks.environment import Here
+from tasks.events.triggers import named
 
 FILE = Path(__file__).with_name("environments.yaml")
 
@@ -78,13 +79,16 @@ class Environment(Settings):
     def variables(self) -> dict[str, str]:
         """The environment variables of every run."""
         schema = {SCHEMA_VARIABLE: self.schema_name} if self.schema_name else {}
-        prefix = {PREFIX_VARIABLE: self.prefix} if self.prefix else {}
-        return {**self.env, **schema, **prefix}
+        return {**self.env, **schema, **self.here.variables}
+
+    @property
+    def here(self) -> Here:
+        """What is different for those who start its deployments."""
+        return Here.model_validate(self.model_dump(include={*Here.model_fields}))
 
     def deployment_name(self, name: str) -> str:
         """The name here of a deployment that the files call so; `flow/name` stays `flow/…`."""
-        flow, slash, own = name.rpartition("/")
-        return f"{flow}{slash}{self.prefix}{own}"
+        return named(name, self.prefix)
 
 
 class WorkPoolSettings(_Strict):

@@ -1,4 +1,4 @@
-"""Which environment a run belongs to."""
+"""Which environment a run belongs to, and what that changes in the deployments that events start."""
 
 from __future__ import annotations
 
@@ -7,9 +7,54 @@ import os
 from prefect.client.orchestration import PrefectClient
 from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import ObjectNotFound
+from pydantic import BaseModel, ConfigDict, JsonValue
 
 PREFIX_VARIABLE = "ELT_PREFIX"
 """Environment variable that tells a run what stands before the names of its environment's deployments."""
+
+TRIGGERS_VARIABLE = "ELT_TRIGGERS"
+"""Environment variable that tells a run the rest of `Here`, as JSON; not there where nothing is different."""
+
+
+class Here(BaseModel):
+    """What is different in an environment for those who start its deployments; see environments.yaml.
+
+    Attributes:
+        prefix: Stands before the names of deployments and triggers.
+        triggers: Whether events start anything.
+        without: Deployments, by their names in the files, that are not there.
+        blocks: Names of blocks in the files, to those that are used in their place.
+        parameters: Values in place of those in the files, wherever there is such a parameter.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prefix: str = ""
+    triggers: bool = True
+    without: tuple[str, ...] = ()
+    blocks: dict[str, str] = {}
+    parameters: dict[str, JsonValue] = {}
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment variables by which a run knows of it."""
+        rest = self.model_dump_json(exclude={"prefix"}, exclude_defaults=True)
+        prefix = {PREFIX_VARIABLE: self.prefix} if self.prefix else {}
+        return prefix if rest == "{}" else {**prefix, TRIGGERS_VARIABLE: rest}
+
+    def instead(self, parameters: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        """The same parameters, with the environment's own values."""
+        return {name: self.parameters.get(name, value) for name, value in parameters.items()}
+
+
+def here() -> Here:
+    """What `make deploy` has told this run of its environment; nothing differs where it has told nothing.
+
+    Raises:
+        ValidationError: The environment variable does not hold what `make deploy` puts there.
+    """
+    rest = Here.model_validate_json(os.environ.get(TRIGGERS_VARIABLE) or "{}")
+    return rest.model_copy(update={"prefix": prefix_here()})
 
 
 def prefix_here() -> str:

@@ -549,7 +549,7 @@ def test_a_branch_comes_and_goes(deploying: Deploying) -> None:
     there = deploying.there(DAILY, "my-feature.")
     assert there.tags == ["dbt", "owner:flight-ops", "branch:my-feature"]
     assert [one.active for one in there.schedules] == [False, False]
-    own = {"ELT_SCHEMA": "my_feature", "ELT_PREFIX": "my-feature."}
+    own = {"ELT_SCHEMA": "my_feature", "ELT_PREFIX": "my-feature.", "ELT_TRIGGERS": '{"triggers":false}'}
     assert there.job_variables["env"] == {"REGION": "eu", **own}
     automations = deploying.automations(DAILY, "my-feature.")
     assert {name: one["enabled"] for name, one in automations.items()} == {

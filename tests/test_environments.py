@@ -66,7 +66,8 @@ def test_what_an_environment_changes() -> None:
     assert found.full_name == "dbt-build/dev.daily" == here.deployment_name("dbt-build/daily")
     assert found.work_pool.name == "small"
     env = {"TZ": "UTC", "REGION": "eu", "ELT_SCHEMA": "dev", "ELT_PREFIX": "dev."}
-    assert found.work_pool.job_variables == {"env": env}
+    changes = '{"parameters":{"notify":[],"activations":[]}}'
+    assert found.work_pool.job_variables == {"env": {**env, "ELT_TRIGGERS": changes}}
     assert found.parameters["notify"] == []
     assert "activations" not in found.parameters
     assert found.owner == "flight-ops"

@@ -20,6 +20,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import ValidationError
 
 from sandbox.stage import free_port
+from tasks.environment import Here
 from tasks.events import (
     EltEvent,
     HandOverError,
@@ -209,7 +210,7 @@ def test_triggers_are_read_from_the_deployments(tmp_path: Path) -> None:
     """The flow's name comes from the entrypoint, a branch's prefix stands before both names."""
     file = tmp_path / "prefect.yaml"
     file.write_text(yaml.safe_dump(FILE))
-    one, two, three = read_triggers(file, prefix="my-branch.")
+    one, two, three = read_triggers(file, here=Here(prefix="my-branch."))
     assert (one.deployment, one.name) == ("elt-chain/my-branch.flights", "my-branch.one")
     assert (two.schedule_after, two.match) == (timedelta(seconds=60), {"a": "b"})
     assert three.deployment == "dbt-build/my-branch.daily"

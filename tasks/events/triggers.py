@@ -11,7 +11,7 @@ What covers an event and what a template renders to is decided by Prefect's own 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
@@ -19,10 +19,12 @@ from typing import Any, Self
 
 import yaml
 from jinja2 import Environment, meta
+from prefect import Flow
 from prefect.flows import load_flow_arguments_from_entrypoint
 from prefect.server.events.actions import RunDeployment
 from prefect.server.events.schemas.automations import EventTrigger, Posture
 from prefect.server.events.schemas.events import ReceivedEvent
+from prefect.utilities.importtools import import_object
 from prefect.utilities.schema_tools.hydration import (
     HydrationContext,
     HydrationError,
@@ -35,15 +37,21 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    PrivateAttr,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from tasks.block_references import with_blocks
+from tasks.environment import Here
 from tasks.events.model import EltEvent, storable
 
 _KINDS = ("__prefect_kind", "$ref")
 """Keys by which Prefect replaces parts of parameters: by variables and templates, by blocks."""
+
+_FILES = Here()
+"""Everything as in the files."""
 
 
 class TriggersWrong(ValueError):
@@ -114,6 +122,9 @@ class OnceTrigger(BaseModel):
     schedule_after: timedelta = Field(
         default=timedelta(0), ge=timedelta(0), description="Seconds, or ISO 8601."
     )
+    # Private, because a file can't give them.
+    _flow: Flow[..., Any] | None = PrivateAttr(default=None)
+    _here: Here = PrivateAttr(default=_FILES)
 
     @field_validator("expect", mode="before")
     @classmethod
@@ -169,7 +180,20 @@ class OnceTrigger(BaseModel):
         for key in _KINDS:
             if key in _keys(event.payload) and key in _keys(parameters):
                 raise TriggerFailed(f"the payload holds the key {key}, which Prefect would resolve")
-        return parameters
+        if self._flow is None:
+            return parameters
+        return self._here.instead(with_blocks(self._flow, parameters, self._here.blocks))
+
+    def using_blocks_of(self, here: Here, flow: Flow[..., Any]) -> OnceTrigger:
+        """The same trigger, with an environment's blocks in its runs; also for those that a template writes.
+
+        Args:
+            here: Has the blocks.
+            flow: Of the deployment: the types of its parameters tell what is a block.
+        """
+        made = self.model_copy()
+        made._here, made._flow = here, flow  # noqa: SLF001 - its own
+        return made
 
 
 def _keys(value: Any) -> Iterator[str]:
@@ -205,22 +229,48 @@ def received(event: EltEvent) -> ReceivedEvent:
     )
 
 
-def read_triggers(*files: Path, prefix: str = "", without: Collection[str] = ()) -> tuple[OnceTrigger, ...]:
-    """The once triggers of all deployments in these files.
+def renamed(trigger: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """A trigger of a file, in an environment: its name and those of deployments in it are others."""
+    changed = {**trigger}
+    if isinstance(trigger.get("name"), str):
+        changed["name"] = f"{prefix}{trigger['name']}"
+    if "triggers" in trigger:
+        changed["triggers"] = [renamed(one, prefix) for one in trigger["triggers"]]
+    if related := trigger.get("match_related"):
+        specs = [_related(one, prefix) for one in (related if isinstance(related, list) else [related])]
+        changed["match_related"] = specs if isinstance(related, list) else specs[0]
+    return changed
+
+
+def _related(spec: Any, prefix: str) -> Any:
+    """Related deployments under the names that they have in an environment."""
+    names = spec.get("prefect.resource.name") if isinstance(spec, dict) else None
+    if not names or spec.get("prefect.resource.role") != "deployment":
+        return spec
+    here = [named(name, prefix) for name in ([names] if isinstance(names, str) else names)]
+    return {**spec, "prefect.resource.name": here[0] if isinstance(names, str) else here}
+
+
+def named(name: str, prefix: str) -> str:
+    """The name in an environment of a deployment that the files call so; `flow/name` stays `flow/…`."""
+    flow, slash, own = name.rpartition("/")
+    return f"{flow}{slash}{prefix}{own}"
+
+
+def read_triggers(*files: Path, here: Here = _FILES) -> tuple[OnceTrigger, ...]:
+    """The once triggers of all deployments in these files; none where events start nothing.
 
     Args:
         files: Such as `deployments/prefect.yaml`.
-        prefix: What stands before the names of deployments and triggers on the server, as in an environment
-            that shares it with others.
-        without: Deployments, by their names in the files, that are not on the server. Their triggers are
-            left out, unread.
+        here: What is different in the environment whose deployments they are to start. The triggers of those
+            that it is without are left out, unread.
 
     Raises:
         TriggersWrong: A file can't be read, or an entry can't be used.
     """
     found: dict[str, OnceTrigger] = {}
-    for file in files:
-        for trigger in _of_file(file, prefix, without):
+    for file in files if here.triggers else ():
+        for trigger in _of_file(file, here):
             if (other := found.get(trigger.name)) is not None:
                 raise TriggersWrong(
                     f"{file}: there are two once triggers {trigger.name!r}, of {other.deployment} and of "
@@ -230,7 +280,7 @@ def read_triggers(*files: Path, prefix: str = "", without: Collection[str] = ())
     return tuple(found.values())
 
 
-def _of_file(file: Path, prefix: str, without: Collection[str]) -> Iterator[OnceTrigger]:
+def _of_file(file: Path, here: Here) -> Iterator[OnceTrigger]:
     try:
         document = yaml.safe_load(file.read_text())
     except OSError as error:
@@ -243,7 +293,7 @@ def _of_file(file: Path, prefix: str, without: Collection[str]) -> Iterator[Once
     ):
         raise TriggersWrong(f"{file} has no list of deployments with a name each")
     for entry in entries:
-        if entry["name"] in without:
+        if entry["name"] in here.without:
             continue
         given = entry.get("once_triggers") or []
         where = f"{file}: deployment {entry['name']}, once_triggers"
@@ -252,10 +302,10 @@ def _of_file(file: Path, prefix: str, without: Collection[str]) -> Iterator[Once
         for position, one in enumerate(given, start=1):
             if not isinstance(one, dict):
                 raise TriggersWrong(f"{where}, number {position}: it must have a name, `expect` and so on")
-            yield _trigger(one, f"{where}, {one.get('name') or f'number {position}'}", entry, prefix)
+            yield _trigger(one, f"{where}, {one.get('name') or f'number {position}'}", entry, here)
 
 
-def _trigger(given: dict[str, Any], where: str, entry: dict[str, Any], prefix: str) -> OnceTrigger:
+def _trigger(given: dict[str, Any], where: str, entry: dict[str, Any], here: Here) -> OnceTrigger:
     flow = entry.get("flow_name") or _flow_name(entry.get("entrypoint"), where)
     # Prefect's own triggers may say their type; here there is only one.
     fields = {key: value for key, value in given.items() if (key, value) != ("type", "event")}
@@ -264,14 +314,24 @@ def _trigger(given: dict[str, Any], where: str, entry: dict[str, Any], prefix: s
             f"{where}: {', '.join(sorted(counting))} belongs under `triggers`; "
             "a once trigger starts one run for each event"
         )
-    if isinstance(fields.get("name"), str):
-        fields["name"] = f"{prefix}{fields['name']}"
+    fields = renamed(fields, here.prefix)
+    if isinstance(fields.get("parameters"), dict):
+        fields["parameters"] = here.instead(fields["parameters"])
     try:
-        return OnceTrigger.model_validate({**fields, "deployment": f"{flow}/{prefix}{entry['name']}"})
+        trigger = OnceTrigger.model_validate(
+            {**fields, "deployment": f"{flow}/{named(entry['name'], here.prefix)}"}
+        )
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         field = ".".join(str(part) for part in first["loc"])
         raise TriggersWrong(f"{where}: {field + ': ' if field else ''}{first['msg']}") from None
+
+    if not here.blocks:  # what tells which parameters are blocks takes seconds to import
+        return trigger
+    try:
+        return trigger.using_blocks_of(here, import_object(entry["entrypoint"]))
+    except Exception as error:  # whatever the module does when it is imported
+        raise TriggersWrong(f"{where}: {entry['entrypoint']} can't be imported: {error}") from error
 
 
 def _flow_name(entrypoint: Any, where: str) -> str:

@@ -1,9 +1,10 @@
-"""Which saved blocks a deployment's parameters name, found by the types of the flow's parameters."""
+"""Which saved blocks the parameters of a deployment or a run name, by the types of the flow's parameters."""
 
 from __future__ import annotations
 
+import contextlib
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from types import UnionType
@@ -11,7 +12,7 @@ from typing import Any, get_args, get_origin
 
 from prefect import Flow
 from prefect.blocks.core import Block
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from blocks.reference import NamesBlock
 
@@ -43,19 +44,28 @@ def block_references(flow: Flow[..., Any], parameters: Mapping[str, Any]) -> lis
 
     Args:
         flow: Whose parameters they are.
-        parameters: As they stand in a file; those that are there must be valid.
+        parameters: As they stand in a file. One that the flow does not take names none: a run with it ends
+            before it loads any.
     """
     hints = typing.get_type_hints(flow.fn, include_extras=True)
-    return [
-        found
-        for name, given in parameters.items()
-        # One by one: those that a form or a trigger gives are not there.
-        for found in _within(given, TypeAdapter(hints[name]).validate_python(given), hints[name], (name,))
-    ]
+    found: list[BlockReference] = []
+    for name, given in parameters.items():  # one by one: those that a form or a trigger gives are not there
+        if name in hints:
+            with contextlib.suppress(ValidationError):
+                valid = TypeAdapter(hints[name]).validate_python(given)
+                found += _within(given, valid, hints[name], (name,))
+    return found
+
+
+class OutOfReach(ValueError):
+    """A template writes the name of a block that is to be replaced; the message is the block's slug."""
 
 
 def with_blocks(
-    flow: Flow[..., Any], parameters: Mapping[str, Any], replaced: Mapping[str, str]
+    flow: Flow[..., Any],
+    parameters: Mapping[str, Any],
+    replaced: Mapping[str, str],
+    rendered: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """The same parameters, with other blocks in the place of some.
 
@@ -63,17 +73,34 @@ def with_blocks(
         flow: Whose parameters they are.
         parameters: As they stand in a file.
         replaced: Name in the file, or `type-slug/name` for only those of one type, to the name to use.
+        rendered: What the templates in them make of them, on examples; without any there are no templates.
+
+    Raises:
+        OutOfReach: A name is not in the parameters, but made by a template.
     """
     changed = deepcopy(dict(parameters))
-    for found in block_references(flow, parameters) if replaced else ():
+    if not replaced:
+        return changed
+    pairs = [(one, found) for one in rendered or [parameters] for found in block_references(flow, one)]
+    for meant, found in pairs:
         other = replaced.get(found.slug, replaced.get(found.name))
-        if other is not None:
-            *way, last = found.path
-            place: Any = changed
-            for step in way:
-                place = place[step]
-            place[last] = other
+        if other is None:
+            continue
+        try:
+            written = _at(parameters, found.path)
+        except (LookupError, TypeError):
+            written = None
+        if written != _at(meant, found.path):
+            raise OutOfReach(found.slug)
+        *way, last = found.path
+        _at(changed, way)[last] = other
     return changed
+
+
+def _at(value: Any, path: Sequence[str | int]) -> Any:
+    for step in path:
+        value = value[step]
+    return value
 
 
 def _within(given: Any, valid: Any, hint: Any, path: Path) -> Iterator[BlockReference]:
