@@ -16,7 +16,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
 from pydantic import Field
 
-from flows.alerts import how, tell_of_run, tell_run_is_well
+from flows.alerts import how, people_of, tell_of_run, tell_run_is_well
 from flows.parameters import NotifyList
 from tasks.environment import is_elsewhere
 from tasks.incidents import STUCK
@@ -35,7 +35,8 @@ async def alert(
     """Tell how a run is: that it failed or crashed, that it does not end, or that all is well again.
 
     A run whose parameters name whom to tell has told how it ended itself, and is passed over, and so is a run
-    of another environment. What is told already is not told twice.
+    of another environment. One whose `notify` can't be read could not tell. What is told already is not told
+    twice.
 
     Args:
         flow_run_id: The run.
@@ -64,7 +65,7 @@ async def alert(
         delivered = await tell_of_run(
             run, "does not end", reason, log, key=STUCK, level="failed", otherwise=notify
         )
-    elif run.parameters.get("notify"):
+    elif people_of(run):
         return "nothing to tell"
     elif state.is_completed():
         delivered = await tell_run_is_well(run, log, notify)

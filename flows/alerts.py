@@ -108,6 +108,14 @@ async def tell_of_end(flow: Flow[Any, Any], flow_run: FlowRun, state: State[Any]
     await tell_of_run(flow_run, how(state), state.message or "", log, flow_name=flow.name)
 
 
+def people_of(run: FlowRun) -> list[Notify] | None:
+    """Whom a run's own parameters name, to be told of it; None if they can't be read."""
+    try:
+        return _NOTIFY.validate_python(run.parameters.get("notify"))
+    except ValidationError:
+        return None
+
+
 async def tell_of_run(
     run: FlowRun,
     what: str,
@@ -136,12 +144,11 @@ async def tell_of_run(
     Returns:
         Whether all was told that was to be, and there was somebody to tell.
     """
-    try:
-        notify = _NOTIFY.validate_python(run.parameters.get("notify")) or list(otherwise)
-    except ValidationError:
+    own = people_of(run)
+    if own is None:
         nobody = "Its own people are not told" if otherwise else "Nobody is told"
         log.warning("%s that the run %s: its parameter `notify` can't be read", nobody, what)
-        notify = list(otherwise)
+    notify = own or list(otherwise)
     if not notify:
         return False
     alarm = died(what, reason, key=key, level=level, owner=tagged_owner(run.tags))

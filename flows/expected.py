@@ -17,7 +17,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 from pydantic import BaseModel, ConfigDict, Field
 
-from flows.alerts import Telling, fresh_key
+from flows.alerts import Telling, fresh_key, tell_of_end
 from flows.fan_out import submit
 from flows.parameters import NotifyList
 from tasks.fresh import last_landed, resource_of
@@ -80,7 +80,12 @@ async def look_fresh(connections: Sequence[ExpectedConnection], since: datetime)
     return [Freshness(name=one.label, landed=landed[one.resource]) for one in connections]
 
 
-@flow(name="expect-fresh", task_runner=EventLoopTaskRunner())
+@flow(
+    name="expect-fresh",
+    task_runner=EventLoopTaskRunner(),
+    on_crashed=[tell_of_end],
+    on_failure=[tell_of_end],
+)
 def expect_fresh(
     connections: Annotated[list[ExpectedConnection], Field(min_length=1)],
     hours: Annotated[float, Field(gt=0, le=168)] = 24.0,

@@ -127,6 +127,14 @@ async def test_who_tells_himself_is_passed_over(team: Deployment, box: Sandbox) 
     assert box.slack.messages == []
 
 
+async def test_whose_people_can_not_be_read(team: Deployment, box: Sandbox) -> None:
+    """The run was refused because of them and could tell nobody: the people of the alert hear of it."""
+    run = await team.run(Running(), Failed(message="Validation failed"), notify=[{"tool": "fax"}])
+    assert await team.tell(run) == "told"
+    (message,) = box.slack.sent_to("weather-desk")
+    assert "*the run* failed: Validation failed" in message.text
+
+
 async def test_another_environments_runs_are_its_own_business(
     team: Deployment, box: Sandbox, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ from prefect_slack import SlackWebhook
 from deployments.automations import FILE, AutomationsError, main, plan, read_entries, remove
 from deployments.environments import environment
 from flows.alert import alert
+from flows.alerts import tell_of_end
 from flows.recover import recover
 from tests.deployed import REPOSITORY, specs
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
@@ -210,6 +211,18 @@ def test_every_flow_that_is_deployed_is_watched() -> None:
     assert not rescuer.get("schedules")
     for seconds in ("silent_for", "pending_for"):
         assert look["parameters"][seconds] == rescuer["parameters"][seconds]
+
+
+@pytest.mark.no_server
+def test_whoever_names_whom_to_tell_tells_of_its_own_end() -> None:
+    """`alert` passes over a run whose parameters name its people: its flow has the hooks that tell them."""
+    deployed = [_flow(spec["entrypoint"]) for spec in specs().values()]
+    flows = {flow.name: flow for flow in deployed}
+    telling = {name for name, flow in flows.items() if "notify" in flow.parameters.properties}
+    assert {name for name in telling if tell_of_end not in flows[name].on_failure_hooks} == {alert.name}
+    # A rescue or an alert that crashed is begun anew, and nobody's trouble.
+    silent = {name for name in telling if tell_of_end not in flows[name].on_crashed_hooks}
+    assert silent == {alert.name, recover.name}
 
 
 @pytest.mark.no_server

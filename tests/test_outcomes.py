@@ -126,6 +126,23 @@ def test_not_fresh_by_now(runs: Runs, box: Sandbox) -> None:
     assert "sync failed" in box.slack.sent_to("flight-ops")[-1].text
 
 
+def test_a_look_that_can_not_look(runs: Runs, box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing can be said of any connection: that is told as well, and is over with the next look."""
+
+    async def away(*_: Any) -> None:
+        raise ConnectionError("the API is away")
+
+    expected = [ExpectedConnection(connection_id="of-none", name="of none")]
+    notify = [SlackNotify(webhook="data-alerts", on="failure")]
+    with monkeypatch.context() as patch:
+        patch.setattr("flows.expected.last_landed", away)
+        assert expect_fresh(expected, notify=notify, return_state=True).name == "Failed"
+    assert "*the run* failed: " in box.slack.sent_to("data-alerts")[-1].text
+    told = len(box.slack.messages)
+    assert expect_fresh(expected, notify=notify, return_state=True).name == "NotFresh"
+    assert "*the run* is well again" in " ".join(message.text for message in box.slack.messages[told:])
+
+
 @pytest.mark.no_server
 def test_a_branch_reacts_to_its_own_builds() -> None:
     """Deployed for a branch, a trigger on the end of a build is one on the branch's build."""
