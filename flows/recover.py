@@ -28,6 +28,7 @@ from tasks.environment import is_elsewhere, prefix_here
 from tasks.incidents import GIVEN_UP, RUN
 from tasks.missed import TRIES, begin, close_dead, missed
 from tasks.rescue import (
+    LEFT_ALONE,
     PENDING_FOR,
     close_task_runs,
     dead,
@@ -61,7 +62,7 @@ class Rescue(BaseModel):
     @property
     def state(self) -> State["Rescue"]:
         """The final state of the run that did it."""
-        name = {"rescheduled": "Rescued", "given up": "GivenUp", "left alone": "LeftAlone"}[self.did]
+        name = {"rescheduled": "Rescued", "given up": "GivenUp", "left alone": LEFT_ALONE}[self.did]
         return Completed(name=name, message=self.why, data=self)
 
 

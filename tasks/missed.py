@@ -30,7 +30,7 @@ from prefect.events.schemas.automations import EventTrigger
 from prefect.events.schemas.events import ResourceSpecification
 
 from tasks.environment import is_elsewhere
-from tasks.rescue import HEARTBEAT, PENDING_FOR, declare_dead, last_sign, patience
+from tasks.rescue import HEARTBEAT, LEFT_ALONE, PENDING_FOR, declare_dead, last_sign, patience
 
 LOOK_BACK = timedelta(hours=24)
 """What died longer ago is nobody's surprise any more: it is not started again."""
@@ -198,7 +198,7 @@ async def _due(
     late = timedelta(seconds=_LATE * silent_for)
     now = datetime.now(UTC)
     if run.state.is_crashed():
-        return now - run.state.timestamp > late
+        return await last_sign(client, run) < now - late  # a process may outlive the report of its death
     if run.state.is_pending():
         return since < run.state.timestamp < now - timedelta(seconds=pending_for) - late
     if now - run.state.timestamp <= late:
@@ -213,7 +213,10 @@ def _seen_to(run: FlowRun, rescues: list[FlowRun]) -> bool:
     states = [one.state for one in _since(run, rescues) if one.state]
     if any(_going_on(one) for one in rescues if _of(one, run)):
         return True
-    done = run.state.is_crashed() and any(state.is_completed() for state in states)
+    # One that found it alive has not seen to what came after.
+    done = run.state.is_crashed() and any(
+        state.is_completed() and state.name != LEFT_ALONE for state in states
+    )
     return done or any(state.is_cancelled() for state in states)
 
 

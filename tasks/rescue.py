@@ -38,6 +38,9 @@ HEARTBEAT = "prefect.flow-run.heartbeat"
 RESCHEDULED = "Rescheduled"
 """Name of the state in which a rescued run waits to be started again."""
 
+LEFT_ALONE = "LeftAlone"
+"""Name of the final state of a rescue that found nothing to do at that moment."""
+
 SCRIPT_HEARTBEAT = 180.0
 """Seconds between the heartbeats of a run in a script: Prefect's default."""
 
@@ -68,21 +71,23 @@ async def last_sign(client: PrefectClient, run: FlowRun) -> datetime:
 
 
 async def outlived(client: PrefectClient, run: FlowRun, patience: float) -> bool:
-    """Whether a run goes on that is said to have crashed: its heartbeats come after the report.
+    """Whether a run goes on that is said to have crashed: its heartbeats come after the report, and still do.
 
     A worker reports the death of what it has started, which may be another process than the flow's own.
 
     Args:
         client: Prefect's client.
         run: The run, Crashed.
-        patience: Seconds after the report for which heartbeats are waited for.
+        patience: Seconds after the report for which heartbeats are waited for, and after the last of them for
+            which it counts.
     """
     assert run.state is not None  # noqa: S101 - it is Crashed
     crashed = run.state.timestamp
     left = patience - (datetime.now(UTC) - crashed).total_seconds()
     if left > 0:
         await asyncio.sleep(left)
-    return await _last_beat(client, run, crashed + _LAG) is not None
+    beat = await _last_beat(client, run, crashed + _LAG)
+    return beat is not None and (datetime.now(UTC) - beat).total_seconds() < patience
 
 
 async def _last_beat(client: PrefectClient, run: FlowRun, since: datetime) -> datetime | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -20,6 +20,7 @@ from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Runni
 from flows.recover import Sweep, recover
 from tasks import missed
 from tasks.environment import PREFIX_VARIABLE
+from tasks.rescue import HEARTBEAT
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["collected"]
@@ -194,6 +195,24 @@ async def test_only_what_went_wrong_is_a_failure(watched: Watched) -> None:
         await watched.rescue(run, Running(), Completed(name="LeftAlone"))
     await asyncio.sleep(2 * _SILENT + 1)
     assert await watched.missed() == {run.id}
+
+
+async def test_who_was_left_alone_may_die_after_that(watched: Watched) -> None:
+    """A rescue found that its process had outlived the report of a crash; when it falls silent it is dead."""
+    run = await watched.run(Running(), Crashed())
+    await watched.rescue(run, Running(), Completed(name="LeftAlone"))
+    beat = {
+        "id": str(uuid4()),
+        "occurred": (datetime.now(UTC) + timedelta(seconds=30)).isoformat(),
+        "event": HEARTBEAT,
+        "resource": {"prefect.resource.id": f"prefect.flow-run.{run.id}"},
+    }
+    await asyncio.sleep(2 * _SILENT + 0.5)
+    assert await watched.missed() == {run.id}
+    async with asyncio.timeout(60):
+        while await watched.missed():
+            await watched.client.request("POST", "/events", json=[beat])
+            await asyncio.sleep(0.2)
 
 
 async def test_who_hears_that_all_is_well(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

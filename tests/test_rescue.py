@@ -17,7 +17,7 @@ from prefect.states import Cancelled, Cancelling, Completed, Crashed, Pending, R
 from flows.recover import Rescue
 from flows.recover import recover as recover_flow
 from tasks.environment import PREFIX_VARIABLE
-from tasks.rescue import HEARTBEAT, RESCHEDULED
+from tasks.rescue import HEARTBEAT, RESCHEDULED, last_sign
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
 __all__ = ["collected"]
@@ -204,6 +204,19 @@ async def test_a_process_that_outlives_its_crash(dead: Dead) -> None:
             await asyncio.sleep(0.5)
     assert (await watching).did == "left alone"
     assert (await dead.names(run))[-1] == "Crashed"
+
+
+async def test_a_process_that_outlives_its_crash_and_dies(dead: Dead) -> None:
+    """Its heartbeats came after the report, and come no more: it is as dead as any."""
+    run = await dead.run(Pending(), Running(), Crashed())
+    assert run.state is not None
+    await asyncio.sleep(2)
+    async with asyncio.timeout(60):
+        while await last_sign(dead.client, run) == run.state.timestamp:
+            await _beat(dead.client, run)
+            await asyncio.sleep(0.2)
+    await asyncio.sleep(2)
+    assert (await recover(run.id, silent_for=2)).did == "rescheduled"
 
 
 async def test_a_run_that_ends_while_it_is_watched(dead: Dead) -> None:
