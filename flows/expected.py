@@ -94,8 +94,9 @@ def expect_fresh(
     """Fail, and tell the owners, if a connection was not loaded in the last hours.
 
     It goes by events: those of syncs of ours, and what Airbyte's and Fivetran's webhooks have told of syncs
-    that others have started. What was told is ended by the next look that finds the connection fresh, and by
-    the next good run of a deployment that names the same `pipeline`.
+    that others have started. What was loaded and then cleared at Airbyte counts for nothing. What was told is
+    ended by the next look that finds the connection fresh, and by the next good run of a deployment that
+    names the same `pipeline`.
 
     Args:
         connections: What should have been loaded.

@@ -20,8 +20,13 @@ from tasks.last_event import last_event
 
 FRESH = "elt.connection.fresh"
 
-LANDED = (FRESH, "elt.airbyte.job.succeeded", "elt.fivetran.sync.succeeded")
+_LANDED = (FRESH, "elt.fivetran.sync.succeeded")
 """Events that say that a connection was loaded, whoever has started it."""
+
+# And Airbyte's, which tells of jobs of every kind by the same name.
+_AIRBYTES = ("elt.airbyte.job.succeeded",)
+_LOADING = {"elt.airbyte.operation": ["sync", "refresh"]}
+_EMPTYING = {"elt.airbyte.operation": ["clear", "reset"]}
 
 _OURS = UUID("5a4f1c52-6a0e-5d0b-8d52-0d6c6f2f7d11")
 _AT_ONCE = 10
@@ -74,13 +79,18 @@ async def last_landed(
         since: How far to look back. The server keeps events for a week by default.
 
     Returns:
-        For each the time of the last event that says so, None where there is none.
+        For each the time of the last event that says so; None where there is none, or where what was loaded
+        has been deleted at Airbyte since then.
     """
     slots = asyncio.Semaphore(_AT_ONCE)
 
     async def last(resource: str) -> datetime | None:
         async with slots:
-            return await last_event(client, LANDED, resource, since)
+            told = await last_event(client, _LANDED, resource, since)
+            loaded = await last_event(client, _AIRBYTES, resource, since, _LOADING)
+            emptied = await last_event(client, _AIRBYTES, resource, since, _EMPTYING)
+        landed = max(filter(None, (told, loaded)), default=None)
+        return None if landed and emptied and emptied > landed else landed
 
     names = list(dict.fromkeys(resources))
     return dict(zip(names, await asyncio.gather(*(last(name) for name in names)), strict=True))

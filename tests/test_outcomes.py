@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect.client.orchestration import get_client
@@ -17,6 +18,7 @@ from deployments.environments import environment
 from flows import sync_connections
 from flows.expected import ExpectedConnection, expect_fresh
 from sandbox import Sandbox, catalog
+from tasks.fresh import resource_of
 from tasks.slack import SlackNotify
 from tests.deployed import PREFECT_FILE, Runs, prefect, saved_blocks, until
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
@@ -124,6 +126,42 @@ def test_not_fresh_by_now(runs: Runs, box: Sandbox) -> None:
     assert "sync failed" in box.slack.sent_to("flight-ops")[-1].text
     assert expect_fresh(expected, notify=shared, return_state=True).name == "Completed"
     assert "sync failed" in box.slack.sent_to("flight-ops")[-1].text
+
+
+def test_a_clear_is_no_load(runs: Runs, box: Sandbox) -> None:
+    """Airbyte's jobs of every kind succeed under one name: what empties a table does not make it fresh."""
+    connection = f"of-{uuid4().hex[:8]}"
+    expected = [ExpectedConnection(connection_id=connection)]
+    resource = resource_of("airbyte", connection)
+    began = datetime.now(UTC)
+
+    def succeeded(operation: str, minute: int) -> None:
+        labels = {"prefect.resource.id": resource, "elt.airbyte.operation": operation}
+        event = {
+            "id": str(uuid4()),
+            "occurred": (began - timedelta(minutes=10 - minute)).isoformat(),
+            "event": "elt.airbyte.job.succeeded",
+            "resource": labels,
+        }
+        runs.client.request("POST", "/events", json=[event])
+
+    def state() -> str | None:
+        found: State[Any] = expect_fresh(expected, return_state=True)
+        return found.name
+
+    def heard(count: int) -> None:
+        query = {"filter": {"resource": {"id": [resource]}}}
+        until(
+            "the event is stored",
+            lambda: runs.client.request("POST", "/events/filter", json=query).json()["total"] == count,
+        )
+
+    for count, (operation, fresh) in enumerate(
+        {"clear": "NotFresh", "sync": "Completed", "reset": "NotFresh", "refresh": "Completed"}.items(), 1
+    ):
+        succeeded(operation, count)
+        heard(count)
+        assert (operation, state()) == (operation, fresh)
 
 
 def test_a_look_that_can_not_look(runs: Runs, box: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
