@@ -195,18 +195,19 @@ def test_an_interval_limits_the_increment(built: Built, tmp_path: Path) -> None:
     assert project.query("select count(*) from marts.fct_flights where outcome = 'stale'") == [(0,)]
 
 
-def test_an_interval_by_the_clock_takes_the_days_that_it_touches(built: Built, tmp_path: Path) -> None:
-    """From six to six it takes both days whole, and twice it gives the same table."""
+def test_intervals_by_the_clock_share_no_day(built: Built, tmp_path: Path) -> None:
+    """From six to six each takes the day that ends in it; twice that is the same, and in a row all."""
     project = built.project.copy(tmp_path)
-    before = project.fingerprint()
+    whole = project.fingerprint()
     project.query("delete from marts.fct_flights where flight_date in ('2013-02-08', '2013-02-09')")
-    ends = (
-        "{data_interval_start: '2013-02-08T06:00:00-05:00', data_interval_end: '2013-02-09T06:00:00-05:00'}"
-    )
-    for _ in range(2):
-        limited = project.dbt("run", "--select", "fct_flights", "--vars", ends)
+    for day in (8, 8, 9):
+        ends = [f"'2013-02-{each:02}T06:00:00-05:00'" for each in (day, day + 1)]
+        said = f"{{data_interval_start: {ends[0]}, data_interval_end: {ends[1]}}}"
+        limited = project.dbt("run", "--select", "fct_flights", "--vars", said)
         assert limited.returncode == 0, limited.stdout
-        assert project.fingerprint() == before
+        there = project.query("select count(*) from marts.fct_flights where flight_date = '2013-02-09'")
+        assert (there == [(0,)]) is (day == 8)
+    assert project.fingerprint() == whole
 
 
 def test_a_lowered_threshold_fails_exactly_one_test(built: Built, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
     is already there, minus the days in which a late row may still arrive. Without an interval, a first build
     or a full refresh takes everything.
 
-    A day that the interval touches is taken whole: whatever time of day it begins and ends at, intervals in a
-    row leave no row out, and the unique key sees to it that none is there twice. -#}
+    A day belongs to the interval in which it ends, and is taken whole: whatever time of day they are cut at,
+    intervals in a row take each day once, so that two may be built at the same time. If both took a day, each
+    would insert its rows, neither seeing those of the other, and the unique key would keep nobody from it. -#}
 {% macro increment_window(date_column) %}
     {%- set start = var('data_interval_start') -%}
     {%- set end = var('data_interval_end') -%}
@@ -12,9 +13,8 @@
     {%- endif -%}
     {%- if start is not none -%}
         {#- ISO 8601 begins with the date, in the time zone of the schedule. -#}
-        {%- set at_midnight = end[11:] == '' or end[11:].startswith('00:00:00') -%}
         {{ date_column }} >= cast('{{ start[:10] }}' as date)
-        and {{ date_column }} {{ '<' if at_midnight else '<=' }} cast('{{ end[:10] }}' as date)
+        and {{ date_column }} < cast('{{ end[:10] }}' as date)
     {%- elif not is_incremental() -%}
         true
     {%- else -%}
