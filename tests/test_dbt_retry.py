@@ -44,6 +44,7 @@ pytestmark = [
 
 YEAR = datetime.now(UTC).year
 TABLE = "{{ config(materialized='table') }} select '{{ invocation_id }}' as built_by"
+THROUGH = "{{{{ config(materialized='ephemeral') }}}} select * from {{{{ ref('{}') }}}}"
 
 
 def other_checkout(project: Project) -> None:
@@ -86,7 +87,8 @@ def twice(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Twic
     project.set(vars={"limit": 3, "note": "the project's"})
     project.model("top", TABLE)
     project.model("middle", f"{TABLE}, id from {{{{ ref('top') }}}}, range(3) as ids(id)")
-    project.model("beside", f"{TABLE} from {{{{ ref('top') }}}}")
+    project.model("through", THROUGH.format("top"))
+    project.model("beside", f"{TABLE} from {{{{ ref('through') }}}}")
     project.model(
         "below",
         f"{TABLE}, {{{{ 'true' if var('limit') is none else 'false' }}}} as no_limit,"
@@ -152,10 +154,14 @@ def test_a_retry_runs_what_failed_and_was_skipped_and_nothing_else(twice: Twice)
 
 
 def test_the_result_of_a_retry_has_every_node(twice: Twice) -> None:
-    """Those that were done before are marked, and the sentence counts them."""
+    """Those that were done before are marked, and the sentence counts them; an ephemeral model is none."""
     assert twice.second is not None
     assert twice.second.state is DbtState.SUCCESS
     assert names(twice.second.nodes) == names(twice.first.nodes)
+    for run_id in (twice.first_id, twice.second_id):
+        (record,) = asyncio.run(read_records(run_id))
+        assert names(record.nodes) == names(twice.first.nodes)
+        assert record.hidden == {"model.shop.through"}
     assert twice.second.message == "9 of 9 nodes succeeded; 5 done in an earlier attempt"
 
 
@@ -331,7 +337,8 @@ def test_a_build_that_was_killed_goes_on_from_another_checkout(tmp_path: Path) -
     """SIGKILL of flow and dbt in mid-build, the run retried: what was finished is not run again."""
     project = Project(tmp_path / "checkout")
     project.model("a", TABLE)
-    project.model("b", f"{TABLE} from {{{{ ref('a') }}}}")
+    project.model("through", THROUGH.format("a"))
+    project.model("b", f"{TABLE} from {{{{ ref('through') }}}}")
     project.model("slow", "{{ config(materialized='table') }} " + ENDLESS.replace("ref('a')", "ref('b')"))
     project.model("after", f"{TABLE} from {{{{ ref('slow') }}}}")
     project.write(

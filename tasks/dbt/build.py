@@ -48,6 +48,7 @@ class Build(Invocation):
                     "started_at": earlier.started_at,
                     "nodes": [*self._done.values(), *earlier.left],
                     "batches": dict(earlier.batches),
+                    "hidden": set(earlier.hidden),
                 }
             )
         self._recorder = Recorder(record)
@@ -80,7 +81,7 @@ class Build(Invocation):
                 "flags": self.dbt.flags,
                 "started_at": self._earlier.started_at.isoformat(),
                 "complete": self._earlier.complete,
-                "done": list(self._done),
+                "done": [*self._done, *self._earlier.hidden],
                 "failed": [node.unique_id for node in self._earlier.left],
                 "batches": self._earlier.batches,
                 "kinds": sorted(kinds or NEVER_RUN),
@@ -100,14 +101,17 @@ class Build(Invocation):
     def finish(self, record: dict[str, Any]) -> None:
         """A node has ended."""
         super().finish(record)
-        if record["t"] == "finish" and (record["hidden"] or record["id"] in self.runs.finished):
-            # Before the results, in which there is more about it: those are never seen if dbt is killed.
-            state = state_of(record["status"])
+        if record["t"] != "finish":
+            return
+        # Before the results, in which there is more about it: those are never seen if dbt is killed.
+        if record["hidden"]:
+            if state_of(record["status"]) is DbtState.SUCCESS:
+                self._recorder.note_hidden(record["id"])
+        elif record["id"] in self.runs.finished:
             seen = {"id": record["id"], "name": record["name"], "kind": record["kind"]}
             told = {"status": record["status"], "message": record["message"], "rows": record["rows"]}
             rest = {"seconds": record["seconds"], "failures": None, "compiled_path": None, "group": None}
-            if not (record["hidden"] and state is not DbtState.SUCCESS):
-                self._recorder.note(node_from({**seen, **told, **rest}, None, self.lineage))
+            self._recorder.note(node_from({**seen, **told, **rest}, None, self.lineage))
 
     def well_ended(self) -> None:
         """The record is complete: what has not run by now was not asked for."""

@@ -66,6 +66,10 @@ class BuildRecord(BaseModel):
     batches: dict[str, dict[str, Any]] = Field(
         default={}, description="Of microbatch models that are done in part: the batches."
     )
+    hidden: set[str] = Field(
+        default=set(),
+        description="Ephemeral models that are done. Nothing is built of them: they are no nodes.",
+    )
     nodes: list[DbtNode] = []
 
     @property
@@ -173,6 +177,15 @@ class Recorder:
             self._record.batches[node.unique_id] = batches
         else:
             self._record.batches.pop(node.unique_id, None)
+        self._tell()
+
+    def note_hidden(self, unique_id: str) -> None:
+        """An ephemeral model is done, which may have failed in an earlier attempt."""
+        self._nodes.pop(unique_id, None)
+        self._record.hidden.add(unique_id)
+        self._tell()
+
+    def _tell(self) -> None:
         self._news.set()
         if self._writer is None:
             self._writer = asyncio.create_task(self._write_on())
@@ -180,6 +193,7 @@ class Recorder:
     def forget(self) -> None:
         """Nothing of what an earlier attempt did has lasted."""
         self._nodes.clear()
+        self._record.hidden.clear()
 
     def finished(self) -> None:
         """What has not run by now was not asked for: dbt came to its end."""
