@@ -190,7 +190,7 @@ def _node(one: NodeResult, blame: Blame, lineage: Lineage | None) -> DbtNode:
         resource_type=kind,
         state=state,
         message=one.message or reason,
-        rows=rows_of(kind, one.adapter_response or {}, one.message),
+        rows=rows_of(kind, known.materialized if known else None, one.adapter_response or {}, one.message),
         failures=one.failures if kind in ("test", "unit_test") else None,
         duration=one.execution_time or 0.0,
         group=known.group if known else None,

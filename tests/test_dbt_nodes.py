@@ -230,3 +230,22 @@ def test_a_hook_that_fails_at_the_start_is_what_the_build_fails_for(tmp_path: Pa
     assert run.error is not None
     assert "hook shop.on-run-start.0: Catalog Error: Table with name no_such_table" in str(run.error)
     assert run.result.skipped[0].message == "hook shop.on-run-start.0 failed"
+
+
+def test_on_duckdb_too_a_node_says_how_many_rows_it_wrote(tmp_path: Path) -> None:
+    """Of an increment those of the increment, also when that is none; nothing of views and tests."""
+    project = Project(tmp_path)
+    project.write("seeds/colours.csv", "id\n1\n2\n3\n")
+    project.model("seen", "select count(*) as \"Count\" from {{ ref('colours') }}")
+    project.model("whole", "{{ config(materialized='table') }} select * from {{ ref('colours') }}")
+    project.model(
+        "grown",
+        "{{ config(materialized='incremental', unique_key='id', post_hook='select 7 as \"Count\"') }}"
+        " select * from {{ ref('whole') }} where id < {{ var('below') }}"
+        " {% if is_incremental() %} and id > 1 {% endif %}",
+    )
+    project.write("models/schema.yml", "models: [{name: whole, columns: [{name: id, data_tests: [unique]}]}]")
+    for below, written in ((3, 2), (4, 2), (1, 0)):
+        nodes = build(project.core(vars={"below": below})).result.nodes
+        rows = {node.label: node.rows for node in nodes if node.rows is not None}
+        assert rows == {"seed colours": 3, "model whole": 3, "model grown": written}

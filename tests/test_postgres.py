@@ -40,6 +40,9 @@ def test_the_project_builds(loaded: Postgres, tmp_path: Path) -> None:
     result: Any = asyncio.run(build(dbt))  # type: ignore[arg-type]  # Prefect's types of an async flow
     assert not result.failed
     assert len(result.nodes) > 90
+    counted = [node for node in result.nodes if node.rows is not None]
+    assert {node.resource_type for node in counted} == {"model", "seed", "snapshot"}
+    assert not any(node.name.startswith(("stg_", "int_")) for node in counted)  # views
     flights = next(node for node in result.nodes if node.name == "fct_flights")
     assert (flights.state, flights.rows) == (DbtState.SUCCESS, 336_776)
     assert loaded.execute("SELECT count(*), count(DISTINCT flight_id) FROM marts.fct_flights") == [

@@ -44,7 +44,7 @@ def record_of(result: Any) -> dict[str, Any]:
         "message": message,
         "seconds": float(result.execution_time or 0.0),
         "failures": result.failures if str(node.resource_type) in {"test", "unit_test"} else None,
-        "rows": rows_of(str(node.resource_type), response, message),
+        "rows": rows_of(str(node.resource_type), getattr(config, "materialized", None), response, message),
         "compiled_path": getattr(node, "compiled_path", None),
         "group": getattr(node, "group", None) or getattr(config, "group", None),
         "batches": batches_of(result),
@@ -87,8 +87,13 @@ def batches_of(result: Any) -> dict[str, Any] | None:
     }
 
 
-def rows_of(kind: str, response: dict[str, Any], message: str | None) -> int | None:
-    """Rows written, if the adapter tells; for seeds dbt itself says `INSERT 16`."""
+def rows_of(kind: str, materialized: str | None, response: dict[str, Any], message: str | None) -> int | None:
+    """Rows written, if the adapter tells; for seeds dbt itself says `INSERT 16`.
+
+    Of a test an adapter tells the rows of its answer, of a view some tell that there is one.
+    """
+    if kind not in {"model", "seed", "snapshot"} or materialized == "view":
+        return None
     affected = response.get("rows_affected")
     if isinstance(affected, (int, float)) and affected >= 0:
         return int(affected)
@@ -139,7 +144,9 @@ class Reporter:
                 status=found.status,
                 message=found.message[:LONGEST_MESSAGE] or None,
                 seconds=found.execution_time,
-                rows=rows_of(node.resource_type, dict(found.adapter_response), found.message),
+                rows=rows_of(
+                    node.resource_type, node.materialized, dict(found.adapter_response), found.message
+                ),
             )
         elif name == "LogHookStartLine":
             self._node("start", node, name=data.statement)
@@ -254,6 +261,7 @@ def run(request: dict[str, Any], reporter: Reporter) -> None:
         except Unable as error:
             send_end(reporter, False, error.__cause__)
             return
+        have_duckdb_tell_rows()
         outcome = invoke([*args, *selection], [reporter.on_event], read_parsed(parsed))
     tell = freshness_of if request["mode"] == "freshness" else record_of
     for result in getattr(outcome.result, "results", None) or []:
@@ -365,6 +373,26 @@ def put_unit_tests_first() -> None:
             graph.add_edge(unit_test, model)
 
     BuildTask.compile_manifest = compile_and_turn  # type: ignore[assignment]
+
+
+def have_duckdb_tell_rows() -> None:
+    """Have dbt-duckdb tell how many rows a statement wrote.
+
+    DuckDB answers such a statement with their number, in a column `Count`, which the adapter does not read.
+    """
+    from dbt.adapters.sql.connections import SQLConnectionManager
+
+    execute = SQLConnectionManager.execute
+
+    def execute_and_count(self: Any, sql: str, *args: Any, **options: Any) -> Any:
+        response, table = found = execute(self, sql, *args, **options)
+        if self.TYPE == "duckdb" and not table.column_names:  # what is read already was asked for rows
+            cursor = self.get_thread_connection().handle.cursor()
+            if [column[0] for column in cursor.description or ()] == ["Count"] and (row := cursor.fetchone()):
+                response.rows_affected = row[0]
+        return found
+
+    SQLConnectionManager.execute = execute_and_count  # type: ignore[method-assign]
 
 
 def plan(request: dict[str, Any], reporter: Reporter) -> None:
