@@ -33,6 +33,12 @@ from tasks.dbt_core import (
 )
 from tasks.jobs import without_traceback
 
+_AS_LOOKED = {
+    DbtState.SUCCESS: "Completed",
+    DbtState.WARN: "Stale",
+    DbtState.SKIPPED: "NothingToLookAt",
+}
+
 
 class StandingJob:
     """One run of a standing job.
@@ -97,9 +103,8 @@ class StandingJob:
 
     def look(self) -> Freshness | Exception:
         """How old the sources are, or why that is not known."""
-        found: Any = submit(dbt_freshness.with_options(**self._retry), self._dbt).result(
-            raise_on_failure=False
-        )
+        step = dbt_freshness.with_options(**self._retry)
+        found: Any = submit(step, self._dbt, may_have_none=True).result(raise_on_failure=False)
         self._steps.append(self._step("dbt source freshness", found))
         return found if isinstance(found, Freshness | Exception) else RuntimeError(str(found))
 
@@ -132,8 +137,7 @@ class StandingJob:
         if not isinstance(result, Freshness):
             self._tell([])
             return _failed(result, "Failed", str(result))
-        ending = "Completed" if result.state is DbtState.SUCCESS else "Failed"
-        ending = "Stale" if result.state is DbtState.WARN else ending
+        ending = _AS_LOOKED.get(result.state, "Failed")
         publish_freshness(ending, result)
         self._tell([_as_node(source) for source in result.sources])
         if isinstance(found, Exception):

@@ -206,7 +206,8 @@ def source_freshness(
     """Look how old the data of the sources is, by the thresholds in the dbt project.
 
     The run is Completed if all are fresh, `Stale` (a Completed state) if one is past its warning threshold,
-    and Failed if one is past its error threshold or can't be looked at.
+    and Failed if one is past its error threshold or can't be looked at. A project of which no source has a
+    threshold ends as `NothingToLookAt`, which is Completed, too; a selection without one is refused.
 
     Args:
         dbt: The project, and which of its sources; all that have a threshold if it selects nothing.
@@ -219,7 +220,7 @@ def source_freshness(
 
     Raises:
         SourcesStale: A source fails; `.result` has all of them.
-        DbtError, BlockNotFound: dbt could not run, or no source has a threshold.
+        DbtError, BlockNotFound: dbt could not run, or no source that is selected has a threshold.
     """
     job = StandingJob(dbt, notify, retries, retry_delay)
     try:

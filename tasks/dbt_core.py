@@ -197,7 +197,7 @@ async def _last_build(flow_run_id: UUID) -> BuildRecord:
     cache_policy=NO_CACHE,
     retry_condition_fn=_may_help,
 )
-async def dbt_freshness(dbt: DbtCore) -> Freshness:
+async def dbt_freshness(dbt: DbtCore, may_have_none: bool = False) -> Freshness:
     """Looks how old the data of the sources is; each source is a task run.
 
     The thresholds are those of the dbt project (`warn_after`, `error_after`); what has none is not looked at.
@@ -205,20 +205,27 @@ async def dbt_freshness(dbt: DbtCore) -> Freshness:
 
     Args:
         dbt: The project, and which of its sources.
+        may_have_none: Whether it is fine that nothing of the whole project has a threshold, as it is for
+            dbt itself. What is selected has to have one.
 
     Returns:
-        Every source with its age. State `warn` if one of them is past its warning threshold.
+        Every source with its age. State `warn` if one of them is past its warning threshold, `skipped` if
+        there was nothing to look at.
 
     Raises:
         SourcesStale: One is past its error threshold, or can't be looked at; `.result` has all of them.
         DbtTimeout: It took longer than `dbt.timeout`.
-        DbtError: dbt could not run at all, or no source that is selected has a threshold.
+        DbtError: dbt could not run at all, or no source has a threshold and that is not fine.
     """
     await asyncio.to_thread(look_at, dbt)
     check = FreshnessCheck(dbt.without_full_refresh, [])
     result = await check.run()
     if not result.sources:
-        raise DbtInputError(nothing_to_look_at(dbt, check.lineage))
+        said = nothing_to_look_at(dbt, check.lineage)
+        if dbt.selection() or not may_have_none:
+            raise DbtInputError(said)
+        get_run_logger().warning("%s", said)
+        return result.model_copy(update={"state": DbtState.SKIPPED, "message": said})
     if result.failed:
         raise SourcesStale(result)
     return result

@@ -10,11 +10,11 @@ from typing import Any
 
 import duckdb
 import pytest
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, StateType
 
 from flows import build_project, full_refresh, smoke_test, source_freshness
 from tasks.dbt.folders import led_out, target_of
-from tasks.dbt_core import DbtBuildFailed, DbtCore, DbtInputError, DbtResult, check_dbt
+from tasks.dbt_core import DbtBuildFailed, DbtCore, DbtInputError, DbtResult, DbtState, check_dbt
 from tests.dbt_project import Project
 from tests.flows_fixtures import task_runs
 
@@ -146,11 +146,16 @@ class TestTheirs:
         with duckdb.connect(str(theirs.warehouse), read_only=True) as db:
             assert db.execute("select count(*), count(distinct at_time) from dim_v2").fetchone() == (3, 1)
 
-    def test_the_freshness_of_sources_that_it_has_not(self, theirs: Project) -> None:
-        """The run says that there are none, and not that they lack a threshold."""
+    def test_the_freshness_of_sources_that_it_has_not(
+        self, theirs: Project, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Is nothing to fail for; the run says that there are none, and not that they lack a threshold."""
         state = source_freshness(dbt=theirs.core(), retries=0, return_state=True)
-        assert state.name == "Failed"
+        assert (state.name, state.type) == ("NothingToLookAt", StateType.COMPLETED)
         assert (state.message or "").endswith("has no sources, so there is no age to be looked at.")
+        assert (told(state).state, told(state).sources) == (DbtState.SKIPPED, [])
+        (said,) = [each for each in caplog.records if each.getMessage() == state.message]
+        assert said.levelname == "WARNING"
 
     def test_a_failed_node_names_its_compiled_file(self, theirs: Project) -> None:
         """Seen from the project, also where it is reached by a link."""
