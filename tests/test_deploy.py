@@ -25,8 +25,9 @@ from blocks import AirbyteServer
 from deployments import deploy, switches
 from deployments.deploy import delete, main
 from deployments.entries import read_entries
-from deployments.environments import read_environments
+from deployments.environments import WorkPoolSettings, read_environments
 from deployments.plan import marked_deployments
+from deployments.work_pools import base_job_template
 from tests.deployed import Runs, background
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
@@ -512,6 +513,44 @@ def test_work_pools(deploying: Deploying) -> None:
     deploying.entries[0]["work_pool"]["name"] = "nowhere"
     assert "there is no work pool nowhere: add it" in deploying(code=1)
     httpx.delete(url).raise_for_status()
+
+
+@pytest.mark.parametrize(
+    ("kind", "variables", "ours", "wrong"),
+    [
+        ("docker", {"image": "registry.test/elt:1"}, {"mem_limit": "4g"}, {"auto_remove": "perhaps"}),
+        ("kubernetes", {"secret_name": "elt"}, {"memory_limit": "4Gi"}, {"finished_job_ttl": "soon"}),
+        (
+            "ecs",
+            {"secrets": [{"name": "A", "valueFrom": "arn:aws:ssm:a"}]},
+            {"cpu": 1024},
+            {"cpu": "many"},
+        ),
+    ],
+)
+def test_pools_of_containers(
+    deploying: Deploying, kind: Any, variables: dict[str, Any], ours: dict[str, Any], wrong: dict[str, Any]
+) -> None:
+    """The server takes each template and holds job variables against it; the second time is nothing to do."""
+    pool = f"deploying-{kind}"
+    deploying.environments["work_pools"][pool] = {"type": kind, "variables": variables}
+    for entry in deploying.entries:
+        entry["work_pool"] = {"name": pool, "job_variables": {**ours, "env": {"REGION": "eu"}}}
+    fresh = deploying.entries[1]["work_pool"]
+    deploying.entries[1]["work_pool"] = {"name": pool, "job_variables": wrong}
+    url = f"{deploying.client.api_url}work_pools/{pool}"
+    try:
+        said = deploying(code=1)
+        assert f"+ work pool {pool}" in said
+        assert next(iter(wrong)) in said.split("`prefect deploy` failed", 1)[1]
+        deploying.entries[1]["work_pool"] = fresh
+        assert "✓ 1 deployed, 1 as they were" in deploying()
+        there = httpx.get(url).raise_for_status().json()
+        template = base_job_template(WorkPoolSettings(type=kind, variables=variables))
+        assert (there["type"], there["base_job_template"]) == (kind, template)
+        assert "nothing to do" in deploying()
+    finally:
+        httpx.delete(url).raise_for_status()
 
 
 def test_limits_and_block_types(deploying: Deploying) -> None:
