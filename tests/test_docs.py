@@ -38,7 +38,8 @@ def test_commands_are_found(page: Path) -> None:
 def test_nothing_is_installed_from_an_index() -> None:
     """The project is on no index: neither a page nor an error tells people to install it from one."""
     folders = ("blocks", "deployments", "docs", "flows", "sandbox", "tasks")
-    files = [*PAGES, *(file for name in folders for file in (ROOT / name).rglob("*.py"))]
+    kinds = {".py", ".yml", ".yaml"}
+    files = [*PAGES, *(file for name in folders for file in (ROOT / name).rglob("*") if file.suffix in kinds)]
     assert [_name(file) for file in files if "install 'elt-flows" in file.read_text()] == []
 
 

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +17,12 @@ from uuid import uuid4
 
 import botocore.session
 import pytest
+import yaml
 from botocore.validate import ParamValidator
 from kubernetes_asyncio.client import ApiClient
 from moto import mock_aws
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 from prefect.settings import PREFECT_API_AUTH_STRING, temporary_settings
 from prefect.workers.process import ProcessJobConfiguration
@@ -23,7 +32,7 @@ from prefect_docker.worker import DockerWorkerJobConfiguration
 from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from deployments.environments import DeployError, WorkPoolSettings
-from deployments.work_pools import base_job_template
+from deployments.work_pools import base_job_template, pool_differs, put_pool
 from deployments.work_pools.__main__ import main
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
@@ -81,6 +90,24 @@ async def test_docker() -> None:
     assert SECRET not in found.model_dump_json()
 
 
+async def test_a_container_gets_its_secret_from_a_block(prefect_server: str) -> None:
+    """As docker.yaml says it: the pool on the server names a block, and the worker fills in what is in it."""
+    await Secret(value=SECRET).save("prefect-api-auth-string", overwrite=True)
+    reference = {"PREFECT_API_AUTH_STRING": "{{ prefect.blocks.secret.prefect-api-auth-string }}"}
+    settings = WorkPoolSettings(type="docker", variables={"env": reference})
+    async with get_client() as client:
+        await put_pool(client, "test-docker-secret", settings)
+        try:
+            assert await pool_differs(client, "test-docker-secret", settings) is None
+            there = (await client.read_work_pool("test-docker-secret")).base_job_template
+        finally:
+            await client.delete_work_pool("test-docker-secret")
+    assert SECRET not in json.dumps(there)
+    found = await configured(DockerWorkerJobConfiguration, there, env={"ELT_SCHEMA": "dev"})
+    assert found.env["PREFECT_API_AUTH_STRING"] == SECRET
+    assert found.env["ELT_SCHEMA"] == "dev"
+
+
 @dataclass
 class Reply:
     """What the Kubernetes client reads a reply from."""
@@ -109,7 +136,9 @@ async def test_kubernetes() -> None:
     assert (container.image, container.args) == ("elt-flows:1.0", ["prefect", "flow-run", "execute"])
     assert container.resources.requests == {"cpu": "250m", "memory": "1Gi"}
     assert container.resources.limits == {"memory": "4Gi"}
-    assert [one.secret_ref.name for one in container.env_from] == ["elt-secrets"]
+    # Optional: against a server without a password there is no Secret, and no pod would start.
+    (secret,) = (one.secret_ref for one in container.env_from)
+    assert (secret.name, secret.optional) == ("elt-secrets", True)
     assert container.security_context.allow_privilege_escalation is False
     assert container.security_context.capabilities.drop == ["ALL"]
     env = {one.name: one.value for one in container.env}
@@ -180,6 +209,62 @@ def test_a_template_whole(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found == template("kubernetes")
     assert found["variables"]["properties"]["image"]["default"] == "elt-flows:latest"
+
+
+def test_the_image_has_what_the_shipped_deployments_need(tmp_path: Path) -> None:
+    """What installs the dependencies names extras that there are, with the adapters of our project."""
+    text = (ROOT / "deployments" / "Dockerfile").read_text().replace("\\\n", " ")
+    build = text.split("\nFROM ")[1]
+    (extras,) = re.findall(r"^ARG EXTRAS=(\S+)$", build, re.MULTILINE)
+    (copied,) = re.findall(r"^COPY (.+) \./$", build, re.MULTILINE)
+    (run,) = (line for line in re.findall(r"^RUN (.+)$", build, re.MULTILINE) if "pip install" in line)
+    for name in copied.split():
+        shutil.copy(ROOT / name, tmp_path)
+    pip = tmp_path / "bin" / "pip"
+    pip.parent.mkdir()
+    pip.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    pip.chmod(0o755)
+    env = {"PATH": f"{pip.parent}:{os.environ['PATH']}", "EXTRAS": extras}
+    found = subprocess.run(  # noqa: S603 - the image's own line, with a pip that only says what it is asked for
+        ["/bin/sh", "-ec", run], cwd=tmp_path, env=env, capture_output=True, text=True, check=True, timeout=60
+    )
+    assert found.stdout.split() == ["install", "-c", "constraints.txt", f".[{extras}]"]
+    project = tomllib.loads((tmp_path / "pyproject.toml").read_text())
+    # The wheel is made of folders that are still empty; a missing one would be an error.
+    packages = project["tool"]["hatch"]["build"]["targets"]["wheel"]["packages"]
+    assert all((tmp_path / name).is_dir() for name in packages)
+    assert (tmp_path / project["project"]["readme"]).exists()
+    needed = [one for name in extras.split(",") for one in project["project"]["optional-dependencies"][name]]
+    profiles = yaml.safe_load((ROOT / "sandbox" / "dbt" / "profiles.yml").read_text())
+    types = {target["type"] for profile in profiles.values() for target in profile["outputs"].values()}
+    assert types <= {one.split(">")[0].removeprefix("dbt-") for one in needed if one.startswith("dbt-")}
+
+
+def test_the_image_runs_the_code_that_is_in_it(tmp_path: Path) -> None:
+    """By PYTHONPATH alone, from any folder: each flow is the image's own, and runs work in its folder."""
+    for name in ("blocks", "deployments", "flows", "sandbox", "tasks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    assert "PYTHONPATH=/opt/elt" in (ROOT / "deployments" / "Dockerfile").read_text()
+    script = """if True:
+        import inspect, json, pathlib
+        from deployments.entries import read_entries
+        from deployments.steps import change_to_repository
+        files = [inspect.getfile(entry.flow.fn) for entry in read_entries()]
+        print(json.dumps([change_to_repository()["directory"], str(pathlib.Path.cwd()), *files]))
+    """
+    found = subprocess.run(  # noqa: S603 - our own script
+        [sys.executable, "-c", script],
+        cwd="/",
+        env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=200,
+    )
+    folder, here, *files = json.loads(found.stdout)
+    assert folder == here == str(tmp_path)
+    assert files
+    assert not [file for file in files if not file.startswith(f"{tmp_path}/flows/")]
 
 
 def test_the_image_holds_no_secret_and_runs_as_nobody() -> None:
