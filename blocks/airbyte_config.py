@@ -188,8 +188,10 @@ class ConfigApi(AirbyteApi):
         """`POST /jobs/get_without_logs`; the logs may be of any size."""
         return _job(await self.ask("/jobs/get_without_logs", _INFO, {"id": _number(job_id)}, retry=retry))
 
-    async def newest_jobs(self, connection_id: str, *, retry: bool = True) -> list[Job]:
-        """`POST /jobs/list` of one connection."""
+    async def newest_jobs(
+        self, connection_id: str, operation: Operation | None = None, *, retry: bool = True
+    ) -> list[Job]:
+        """`POST /jobs/list` of one connection; of every kind that the server knows."""
         body = {"configId": connection_id, "pagination": {"pageSize": 20, "rowOffset": 0}}
         return _jobs(await self._list("/jobs/list", body, retry=retry))
 

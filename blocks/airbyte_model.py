@@ -217,8 +217,16 @@ class AirbyteApi(ApiClient, ABC):
         """
 
     @abstractmethod
-    async def newest_jobs(self, connection_id: str, *, retry: bool = True) -> list[Job]:
-        """The newest jobs of a connection, newest first."""
+    async def newest_jobs(
+        self, connection_id: str, operation: Operation | None = None, *, retry: bool = True
+    ) -> list[Job]:
+        """The newest jobs of a connection, newest first.
+
+        Args:
+            connection_id: Whose jobs.
+            operation: Those that do this are wanted, and there may be others among them; None: of any kind.
+            retry: Off for looks, whose caller bears failures on a budget of its own.
+        """
 
     @abstractmethod
     def jobs_since(

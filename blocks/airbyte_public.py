@@ -12,9 +12,18 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter
 
 from blocks.airbyte_model import PAGE, AirbyteApi, Connection, Job, Operation
+from blocks.http import VendorError
 from blocks.replies import readable
 
 _NEWEST_FIRST = "createdAt|DESC"  # must be said: left out, the API answers with the oldest
+# Servers before 2026-02 list only syncs and resets, unless they are asked for another kind by name.
+_JOB_TYPES: dict[Operation | None, tuple[Operation | None, ...]] = {
+    None: (None, "clear", "refresh"),
+    "sync": ("sync",),
+    "clear": ("clear", "reset"),
+    "reset": ("reset", "clear"),
+    "refresh": ("refresh",),
+}
 
 
 class _Jobs(BaseModel):
@@ -59,10 +68,24 @@ class PublicApi(AirbyteApi):
         """`GET /jobs/{id}`."""
         return await self.get(f"/jobs/{job_id}", _JOB, retry=retry)
 
-    async def newest_jobs(self, connection_id: str, *, retry: bool = True) -> list[Job]:
-        """`GET /jobs` of one connection."""
-        params = {"connectionId": connection_id, "limit": 20, "orderBy": _NEWEST_FIRST}
-        return readable((await self.get("/jobs", _JOBS, params, retry=retry)).data, _JOB)
+    async def newest_jobs(
+        self, connection_id: str, operation: Operation | None = None, *, retry: bool = True
+    ) -> list[Job]:
+        """`GET /jobs` of one connection, once for each kind that has to be named."""
+        found: dict[str, Job] = {}
+        first, *others = _JOB_TYPES[operation]
+        for job_type in (first, *others):
+            params: dict[str, Any] = {"connectionId": connection_id, "limit": 20, "orderBy": _NEWEST_FIRST}
+            if job_type:
+                params["jobType"] = job_type
+            try:
+                reply = await self.get("/jobs", _JOBS, params, retry=retry)
+            except VendorError as error:
+                if job_type == first or error.status not in (400, 422):
+                    raise
+                continue  # an old server, which has no such kind
+            found |= {job.id: job for job in readable(reply.data, _JOB)}
+        return sorted(found.values(), key=lambda job: job.created_at, reverse=True)
 
     async def jobs_since(
         self, created: datetime, connection_ids: Collection[str], *, pages: int

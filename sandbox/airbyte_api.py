@@ -25,6 +25,7 @@ PREFIX = "/api/public/v1"
 _CONFIGURED_HOST = f"http://airbyte.internal:8001{PREFIX}"
 _STATUSES = ("pending", "queued", "running", "incomplete", "failed", "succeeded", "cancelled")
 _JOB_TYPES = ("sync", "reset", "refresh", "clear")
+_OLD_JOB_TYPES = _JOB_TYPES[:2]
 
 
 class _ConnectionPatch(BaseModel):
@@ -99,7 +100,7 @@ class AirbyteApi:
         if not isinstance(sent, dict):
             raise Problem(422, "The body is not an object")
         connection_id, job_type = sent.get("connectionId"), sent.get("jobType")
-        if not isinstance(connection_id, str) or job_type not in _JOB_TYPES:
+        if not isinstance(connection_id, str) or job_type not in self._job_types:
             raise Problem(422, "connectionId and jobType (sync, reset, clear) are required")
         if job_type == "refresh":
             raise Problem(422, "Refreshes are not supported in the public API")
@@ -154,6 +155,10 @@ class AirbyteApi:
         ]
         return {"data": page, **_links("/jobs", kept, limit, offset, empty=not page)}
 
+    @property
+    def _job_types(self) -> tuple[str, ...]:
+        return _OLD_JOB_TYPES if self.airbyte.settings.age == "2023" else _JOB_TYPES
+
     def _job_filter(self, request: Request) -> Callable[[Job], bool]:
         query = request.query_params
         tests: list[Callable[[Job], bool]] = []
@@ -164,9 +169,11 @@ class AirbyteApi:
         elif workspaces and catalog.WORKSPACE_ID not in workspaces:
             tests.append(lambda job: False)
         if (job_type := query.get("jobType")) is not None:
-            if job_type not in _JOB_TYPES:
+            if job_type not in self._job_types:
                 raise Problem(400, f"Failed to convert argument [jobType] for value [{job_type}]")
             tests.append(lambda job: job.job_type == job_type)
+        elif self.airbyte.settings.age != "now":
+            tests.append(lambda job: job.job_type in _OLD_JOB_TYPES)
         if (status := query.get("status")) is not None:
             if status not in _STATUSES:
                 raise Problem(400, f"Failed to convert argument [status] for value [{status}]")

@@ -33,8 +33,10 @@ class AirbyteSettings(BaseModel):
         "both",
         description="Which APIs the server has; in place of another one there is its web page or a 404.",
     )
-    age: Literal["now", "2023"] = Field(
-        "now", description="2023: the Config API knows no clear, refresh, workspace lists, status or tokens."
+    age: Literal["now", "2025", "2023"] = Field(
+        "now",
+        description="2025: the public API lists clears and refreshes only where its jobType asks for them. "
+        "2023: it knows neither, nor does the Config API, nor workspace lists, status or tokens.",
     )
 
 

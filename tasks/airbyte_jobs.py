@@ -109,12 +109,13 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
     async def find(self, request: JobRequest, intent: Intent) -> JobHandle | None:
         """The connection's first job of this kind that was created since then."""
         async with self._server.connect() as api:
-            jobs = await api.newest_jobs(request.resource_id, retry=False)
+            operation = cast("Operation", request.operation)
+            jobs = await api.newest_jobs(request.resource_id, operation, retry=False)
             since = api.theirs(intent.since)
             ours = [
                 job
                 for job in jobs
-                if job.created_at >= since and job.does(request.operation) and job.id not in intent.known
+                if job.created_at >= since and job.does(operation) and job.id not in intent.known
             ]
             if not ours:
                 return None

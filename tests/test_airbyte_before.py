@@ -145,6 +145,40 @@ async def test_no_clear_over_a_clear(desk: Desk) -> None:
     assert desk.words == ["succeeded"] * 2
 
 
+@pytest.mark.parametrize("theirs", ["clear", "refresh"])
+async def test_no_clear_over_what_an_old_server_hides(desk: Desk, theirs: str) -> None:
+    """A server before 2026-02 lists neither by itself; a clear that did not ask would cancel it."""
+    desk.sandbox.airbyte.settings.age = "2025"
+    desk.behave(outcome="stuck" if theirs == "refresh" else "succeed", duration=30)
+    running = desk.start_by_hand(theirs)
+    policy = QUICK.model_copy(update={"on_active": "fail"})
+    with pytest.raises(JobFailed, match=f"job {running} is running already"):
+        await airbyte_clear(sync_of(desk, policy=policy))
+    with pytest.raises(JobFailed, match=f"job {running} is running already"):
+        await airbyte_sync(sync_of(desk, policy=policy))
+    assert desk.jobs == [running]
+    assert desk.words != ["cancelled"]
+
+
+@pytest.mark.parametrize("operation", ["clear", "reset", "refresh"])
+async def test_a_lost_start_that_an_old_server_hides(desk: Desk, operation: str) -> None:
+    """The job of a start whose reply was lost is found by its kind, and not started a second time."""
+    desk.sandbox.airbyte.settings.age = "2025"
+    desk.behave(duration=0.4)
+    desk.fault(kind="drop_after", method="POST", path="/(jobs|connections/refresh)$", times=1)
+    result = await desk.run(operation=operation)
+    assert desk.jobs == [result.job_id]
+    assert types(desk) == [operation]
+
+
+async def test_a_reset_of_a_server_without_clears(desk: Desk) -> None:
+    """A server that takes the newer kinds for nonsense has none of them running: it is reset all the same."""
+    desk.sandbox.airbyte.settings.age = "2023"
+    desk.fault(kind="drop_after", method="POST", path="/jobs$", times=1)
+    result = await desk.run(operation="reset")
+    assert desk.jobs == [result.job_id]
+
+
 async def test_no_sync_after_a_clear_that_failed(desk: Desk) -> None:
     """A clear that does not succeed is told as such, and no sync is started on what is left."""
     desk.behave(duration=5)
@@ -175,7 +209,7 @@ async def test_killed_between(desk: Desk, monkeypatch: pytest.MonkeyPatch, momen
     desk.behave(duration=10 if moment == "while it clears" else 0.5)
     if moment == "before the sync":  # the request never arrives, and no answer tells so
         desk.fault(kind="drop", method="POST", path="/jobs$", after=1)
-        desk.fault(kind="drop", method="GET", path="/jobs$", after=1)
+        desk.fault(kind="drop", method="GET", path="/jobs$", after=3)  # the look before the clear
     if moment == "while the sync is asked for":  # it arrives, and its sender is gone before the answer
         desk.fault(kind="delay", delay=2.0, method="POST", path="/jobs$", after=1)
     wanted = 1 if moment == "while it clears" else 2

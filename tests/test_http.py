@@ -128,7 +128,7 @@ async def test_a_get_waits_as_long_as_it_was_told(sandbox: Sandbox, airbyte: Air
     sandbox.faults.add(kind="status", status=429, path="/jobs", headers={"Retry-After": "1"}, times=1)
     began = time.monotonic()
     async with airbyte.connect() as api:
-        assert await api.newest_jobs(FLIGHTS) == []
+        assert await api.newest_jobs(FLIGHTS, "sync") == []
     assert time.monotonic() - began >= 1.0
     assert sandbox.requests.count(path="/jobs") == 2
 
@@ -139,19 +139,19 @@ async def test_a_get_waits_as_long_as_it_was_told(sandbox: Sandbox, airbyte: Air
 async def test_one_token_for_fifty_requests(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """Fifty requests at once share one token request."""
     async with airbyte.connect() as api:
-        await asyncio.gather(*(api.newest_jobs(FLIGHTS) for _ in range(50)))
+        await asyncio.gather(*(api.newest_jobs(FLIGHTS, "sync") for _ in range(50)))
     assert sandbox.airbyte.token_requests == 1
 
 
 async def test_a_revoked_token_is_replaced_once(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """A token that is refused before its time is fetched once more for all who hold it."""
     async with airbyte.connect() as api:
-        await api.newest_jobs(FLIGHTS)
+        await api.newest_jobs(FLIGHTS, "sync")
         sandbox.airbyte.revoke_tokens()
         # Some hear of it only when the others have a new one already, which they must not throw away.
         sandbox.faults.add(kind="status", status=401, delay=0.3, path="/jobs", times=10)
-        await asyncio.gather(*(api.newest_jobs(FLIGHTS) for _ in range(50)))
-        assert await api.newest_jobs(FLIGHTS) == []
+        await asyncio.gather(*(api.newest_jobs(FLIGHTS, "sync") for _ in range(50)))
+        assert await api.newest_jobs(FLIGHTS, "sync") == []
     assert sandbox.airbyte.token_requests == 2
 
 
@@ -160,7 +160,7 @@ async def test_401_for_ever_is_an_auth_error(sandbox: Sandbox, airbyte: AirbyteS
     fault = sandbox.faults.add(kind="status", status=401, path="/jobs")
     async with airbyte.connect() as api:
         with pytest.raises(AuthError, match="Check the credentials"):
-            await api.newest_jobs(FLIGHTS)
+            await api.newest_jobs(FLIGHTS, "sync")
     assert sandbox.faults.hits(fault) == 2
     assert sandbox.airbyte.token_requests == 2
 
@@ -171,7 +171,7 @@ async def test_short_lived_tokens(sandbox: Sandbox, airbyte: AirbyteServer) -> N
 
     async def poll(api: Any) -> None:
         for _ in range(8):
-            await api.newest_jobs(FLIGHTS)
+            await api.newest_jobs(FLIGHTS, "sync")
             await asyncio.sleep(0.5)
 
     began = time.monotonic()
@@ -211,7 +211,9 @@ async def test_a_wrong_secret_is_tried_once(sandbox: Sandbox, airbyte: AirbyteSe
     """Fifty requests at once with a wrong secret send it once, and all fail with the same sentence."""
     wrong = airbyte.model_copy(update={"client_secret": SecretStr("wrong-secret")})
     async with wrong.connect() as api:
-        errors = await asyncio.gather(*(api.newest_jobs(FLIGHTS) for _ in range(50)), return_exceptions=True)
+        errors = await asyncio.gather(
+            *(api.newest_jobs(FLIGHTS, "sync") for _ in range(50)), return_exceptions=True
+        )
     assert sandbox.airbyte.token_requests == 1
     assert {type(error) for error in errors} == {AuthError}
     assert "client id or the client secret was refused" in str(errors[7])
@@ -220,7 +222,7 @@ async def test_a_wrong_secret_is_tried_once(sandbox: Sandbox, airbyte: AirbyteSe
 async def test_no_token_during_an_outage_is_no_auth_error(sandbox: Sandbox, airbyte: AirbyteServer) -> None:
     """When a token expires while the token endpoint is down, that is an outage for all who wait."""
     async with airbyte.connect() as api:
-        await api.newest_jobs(FLIGHTS)
+        await api.newest_jobs(FLIGHTS, "sync")
         sandbox.airbyte.revoke_tokens()
         sandbox.faults.add(kind="status", status=503, path="/token", delay=0.05)
         errors = await asyncio.gather(*(api.job("1", retry=False) for _ in range(10)), return_exceptions=True)
@@ -383,7 +385,7 @@ async def test_gets_are_repeated(sandbox: Sandbox, airbyte: AirbyteServer, kind:
     sandbox.faults.add(kind=kind, path="/jobs", times=2)
     with stamina.set_testing(True, attempts=6):
         async with airbyte.connect() as api:
-            assert await api.newest_jobs(FLIGHTS) == []
+            assert await api.newest_jobs(FLIGHTS, "sync") == []
     assert sandbox.requests.count(path="/jobs") == 3
 
 
@@ -394,7 +396,7 @@ async def test_a_pause_is_said_aloud(
     sandbox.faults.add(kind="status", status=429, headers={"Retry-After": "90"}, path="/jobs", times=1)
     with stamina.set_testing(True, attempts=6):  # without the wait itself
         async with airbyte.connect() as api:
-            assert await api.newest_jobs(FLIGHTS) == []
+            assert await api.newest_jobs(FLIGHTS, "sync") == []
     assert "Airbyte GET /jobs answered 429: Too Many Requests. Pausing for 90 s." in caplog.text
 
 
@@ -407,7 +409,7 @@ async def test_what_repeating_can_not_mend(
     with stamina.set_testing(True, attempts=6):
         async with airbyte.connect() as api:
             with pytest.raises(BadReply):
-                await api.newest_jobs(FLIGHTS)
+                await api.newest_jobs(FLIGHTS, "sync")
     assert sandbox.requests.count(path="/jobs") == (1 if fault["kind"] == "html" else 6)
 
 
@@ -416,7 +418,7 @@ async def test_the_rate_limit_holds(sandbox: Sandbox, airbyte: AirbyteServer) ->
     slow = airbyte.model_copy(update={"requests_per_second": 10.0})
     began = time.monotonic()
     async with slow.connect() as api:
-        await asyncio.gather(*(api.newest_jobs(FLIGHTS) for _ in range(20)))
+        await asyncio.gather(*(api.newest_jobs(FLIGHTS, "sync") for _ in range(20)))
     assert time.monotonic() - began >= 0.9
 
 

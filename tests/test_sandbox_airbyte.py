@@ -398,6 +398,19 @@ def test_list_filters(box: Sandbox, airbyte: httpx.Client, many: list[int]) -> N
     assert listed(airbyte, workspaceId=other, limit=100) == many
 
 
+def test_list_of_an_old_server(box: Sandbox, airbyte: httpx.Client) -> None:
+    """Before 2026-02 it names clears and refreshes only where it is asked for them; in 2023 it has none."""
+    ids = {kind: box.airbyte.start(IDS["airlines"], kind).job_id for kind in ("reset", "clear")}
+    assert listed(airbyte) == [ids["reset"], ids["clear"]]
+    box.airbyte.settings.age = "2025"
+    assert listed(airbyte) == [ids["reset"]]
+    assert listed(airbyte, jobType="clear") == [ids["clear"]]
+    box.airbyte.settings.age = "2023"
+    assert airbyte.get("/jobs", params={"jobType": "clear"}).status_code == 400
+    start = {"connectionId": IDS["airlines"], "jobType": "clear"}
+    assert airbyte.post("/jobs", json=start).status_code == 422
+
+
 def test_list_filters_by_time(box: Sandbox, airbyte: httpx.Client, many: list[int]) -> None:
     """Jobs can be picked by the time they were created or updated."""
     middle = box.airbyte.jobs[many[10]].created_wall
