@@ -5,7 +5,7 @@
     ├── NotFoundError       404
     ├── ConflictError       409: a business state, never retried here
     ├── RateLimited         429, with the wait that the vendor asked for
-    ├── VendorUnavailable   no connection, timeout, 408, 425, 5xx
+    ├── VendorUnavailable   no connection, timeout, 408, 425, 5xx but 501
     └── BadReply            a reply that is not what the API promises (HTML, half a JSON document)
 
 An error carries method, path, status, the vendor's own message and a line of guidance. It never carries a

@@ -33,11 +33,11 @@ from blocks.errors import (
 )
 from blocks.logs import run_logger
 from blocks.replies import (
-    RETRYABLE,
     bad_reply,
     clock_of,
     first_problem,
     is_html,
+    may_pass,
     rate_limited,
     vendor_message,
 )
@@ -297,7 +297,7 @@ class ApiClient:
             case 429:
                 return rate_limited(self.vendor, message, response, refused)
         details: dict[str, Any] = {**where, "status": status, "body": body}
-        if status in RETRYABLE:
+        if may_pass(status):
             return VendorUnavailable(self.vendor, message, **details)
         return VendorError(self.vendor, message, **(details if status >= 500 else refused))
 

@@ -14,10 +14,16 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from blocks.errors import RETRY_AFTER_CAP, BadReply, RateLimited, parse_retry_after
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
-RETRYABLE = frozenset({408, 425, 500, 502, 503, 504, 520, 521, 522, 523, 524})
-"""Statuses of which a server may think better in a moment."""
-
 _ADDRESS_GUIDANCE = "Check that the base URL is that of the API and not of the web interface."
+
+
+def may_pass(status: int) -> bool:
+    """Whether a server, or what stands before it, may think better of an answer in a moment.
+
+    Any 5xx may: content networks have a dozen of their own for a server that they can't reach. Not 501: what
+    a server does not know how to do it will not have learnt by then.
+    """
+    return status in (408, 425) or (status >= 500 and status != httpx.codes.NOT_IMPLEMENTED)
 
 
 def is_html(response: httpx.Response) -> bool:

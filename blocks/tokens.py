@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from blocks.errors import AuthError, NotFoundError, VendorError, VendorUnavailable
-from blocks.replies import RETRYABLE, bad_reply, is_html, rate_limited
+from blocks.replies import bad_reply, is_html, may_pass, rate_limited
 
 
 class TokenAuth(httpx.Auth):
@@ -107,7 +107,7 @@ class TokenAuth(httpx.Auth):
         if status == httpx.codes.TOO_MANY_REQUESTS:
             where["status"] = status
             raise rate_limited(self._vendor, "too many token requests", response, where)
-        if status in RETRYABLE:
+        if may_pass(status):
             raise VendorUnavailable(self._vendor, "no token to be had", status=status, **where)
         if response.is_redirect or is_html(response):
             raise bad_reply(self._vendor, response, where)

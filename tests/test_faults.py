@@ -93,6 +93,7 @@ AT_THE_START: dict[str, Cell] = {
     "500": Cell(html(500)),
     "502": Cell(html(502)),
     "503": Cell(html(503)),
+    "526": Cell(html(526)),
     "an HTML page": Cell(html(200)),
     "an empty body": Cell({"kind": "empty", "times": 1}),
     "no text at all": Cell({"kind": "garbage", "times": 1}),
@@ -116,6 +117,7 @@ WHILE_IT_RUNS: dict[str, Cell] = {
     "500": Cell(html(500)),
     "502": Cell(html(502)),
     "503": Cell(html(503)),
+    "526": Cell(html(526)),
     "503 for ever": Cell(status(503, None), VendorUnavailable, "was not touched", policy=SHORT),
     "an HTML page": Cell(html(200)),
     "an empty body": Cell({"kind": "empty", "times": 2}),
@@ -189,7 +191,7 @@ EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {
 # Runs of a sequence are in no list: one that may have been taken is not asked for again, was it taken or not.
 _LOST = {"gives": VendorError, "says": "A run may be going on"}
 _NOT_TAKEN = (
-    *("no reply, not taken", "reset for ever", "500", "502", "503"),
+    *("no reply, not taken", "reset for ever", "500", "502", "503", "526"),
     *("an HTML page", "an empty body", "no text at all"),
 )
 _TAKEN = (
