@@ -18,7 +18,7 @@ from blocks.http import NotFoundError
 from sandbox import Sandbox, catalog
 from tasks.airbyte import AirbyteVendor
 from tasks.airbyte_jobs import AirbyteRequest, _status
-from tasks.jobs import JobFailed, JobState, MemoryJournal, run_job
+from tasks.jobs import InputError, JobFailed, JobState, MemoryJournal, run_job
 from tests.airbyte_fixtures import APIS, QUICK, config, server
 from tests.jobs_fixtures import Desk
 
@@ -255,11 +255,20 @@ async def test_refresh(sandbox: Sandbox, api: str | None) -> None:
     assert sent.body == {"connectionId": desk.connection_id, "refreshMode": "Truncate"}
 
 
-async def test_the_cloud_cannot_refresh() -> None:
-    """In the Cloud a refresh is refused with what can be done instead."""
-    vendor = AirbyteVendor(AirbyteServer())
-    async with vendor._server.client() as client:
-        assert client.config is None
+async def test_the_cloud_cannot_refresh(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the Cloud a refresh is refused with what can be done instead, and nothing is asked for."""
+    monkeypatch.setattr("blocks.airbyte._CLOUD", sandbox.airbyte_url.removesuffix("/v1"))
+    secret = {"client_id": catalog.CLIENT_ID, "client_secret": catalog.CLIENT_SECRET}
+    desk = Desk(sandbox, AirbyteServer(base_url="https://cloud.airbyte.com", **secret))
+    assert desk.vendor._server.in_cloud
+    with pytest.raises(
+        InputError, match=r"^Airbyte Cloud has no API for a refresh; nothing was started\. Clear"
+    ):
+        await desk.run(operation="refresh")
+    assert desk.jobs == []
+    assert [request.path for request in sandbox.requests.find(method="POST")] == [
+        "/api/public/v1/applications/token"
+    ]
 
 
 # -- servers of 2023
