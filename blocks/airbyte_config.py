@@ -108,7 +108,6 @@ _ATTEMPT = TypeAdapter(_Attempt)
 _CONNECTION = TypeAdapter(Connection)
 _CONNECTIONS = TypeAdapter(_Connections)
 _WORKSPACES = TypeAdapter(_Workspaces)
-_ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 class ConfigApi(AirbyteApi):
@@ -231,9 +230,9 @@ class ConfigApi(AirbyteApi):
         self._types = _OLD_TYPES
         return await self.ask(path, _JOBS, {"configTypes": list(self._types), **body}, retry=retry)
 
-    async def cancel_job(self, job_id: str) -> None:
+    async def cancel_job(self, job_id: str) -> Job:
         """`POST /jobs/cancel`."""
-        await self.send("POST", "/jobs/cancel", _ANYTHING, body={"id": _number(job_id)})
+        return _job(await self.send("POST", "/jobs/cancel", _INFO, body={"id": _number(job_id)}))
 
 
 def _named(streams: Sequence[Stream]) -> list[dict[str, str]]:

@@ -241,8 +241,11 @@ class AirbyteApi(ApiClient, ABC):
         """
 
     @abstractmethod
-    async def cancel_job(self, job_id: str) -> None:
+    async def cancel_job(self, job_id: str) -> Job:
         """Cancel what the connection of this job is running *now*: read the job first.
+
+        Returns:
+            The job of this id, as it is then; it may have ended before, and another have been cancelled.
 
         Raises:
             ConflictError: It runs nothing.

@@ -38,7 +38,6 @@ _JOB = TypeAdapter(Job)
 _JOBS = TypeAdapter(_Jobs)
 _CONNECTION = TypeAdapter(Connection)
 _CONNECTIONS = TypeAdapter(_Connections)
-_ANYTHING: TypeAdapter[Any] = TypeAdapter(Any)
 
 
 class PublicApi(AirbyteApi):
@@ -103,9 +102,9 @@ class PublicApi(AirbyteApi):
             if len(reply.data) < PAGE:
                 return
 
-    async def cancel_job(self, job_id: str) -> None:
+    async def cancel_job(self, job_id: str) -> Job:
         """`DELETE /jobs/{id}`."""
-        await self.send("DELETE", f"/jobs/{job_id}", _ANYTHING)
+        return await self.send("DELETE", f"/jobs/{job_id}", _JOB)
 
     def _of_workspaces(self) -> dict[str, str]:
         # Only the plural is a parameter: a `workspaceId` is ignored without a word.

@@ -11,7 +11,8 @@ from typing import Literal, cast
 from blocks.airbyte import AirbyteServer
 from blocks.airbyte_client import AirbyteClient
 from blocks.airbyte_model import AirbyteApi, Connection, Job, Operation, RefreshMode, Stream
-from blocks.http import ConflictError, VendorError
+from blocks.http import ConflictError, VendorError, VendorUnavailable
+from blocks.logs import run_logger
 from blocks.reference import block_name
 from tasks.jobs import (
     AccountVendor,
@@ -95,8 +96,7 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
     async def _conflict(
         self, api: AirbyteApi, connection: Connection, request: AirbyteRequest, error: ConflictError
     ) -> AlreadyRunning | ConflictError | InputError:
-        title = error.body.get("title") if isinstance(error.body, Mapping) else None
-        if title == "try-again-later" or "already running" in error.message:
+        if _runs_already(error):
             active = next((job for job in await api.newest_jobs(connection.id) if not job.ended), None)
             if active is None:
                 return AlreadyRunning(None)
@@ -182,13 +182,13 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
             job = await api.job(handle.job_id)
             if not job.ended:
                 try:
-                    await api.cancel_job(handle.job_id)
+                    job = await api.cancel_job(handle.job_id)
                 except ConflictError:  # it ended between the look and the request
                     job = await api.job(handle.job_id)
                     if not job.ended:
                         raise
                 else:
-                    return JobState.CANCELLED
+                    _see_what_was_hit(job)
             return _STATES[job.status]
 
     async def connection(self, connection_id: str) -> Connection:
@@ -242,6 +242,33 @@ async def _create(client: AirbyteClient, api: AirbyteApi, request: AirbyteReques
     if operation == "clear" or operation == "reset":
         return await config.clear_streams(request.resource_id, operation, request.streams)
     return await config.refresh(request.resource_id, request.mode, request.streams)
+
+
+def _see_what_was_hit(job: Job) -> None:
+    """Look at the job after its cancellation, which Airbyte gives to whatever its connection is running.
+
+    Raises:
+        VendorUnavailable: It goes on for now.
+    """
+    if not job.ended:
+        raise VendorUnavailable("Airbyte", f"job {job.id} is {job.status} after its cancellation")
+    if job.status != "cancelled":
+        run_logger("elt.jobs").warning(
+            "Airbyte job %s had %s before its cancellation arrived. Airbyte cancels what the connection is "
+            "running by then: look whether that was another job.",
+            job.id,
+            job.status,
+        )
+
+
+def _runs_already(error: ConflictError) -> bool:
+    """What a 409 is about: by the word that each API has for it, for a text may say anything."""
+    body = error.body if isinstance(error.body, Mapping) else {}
+    if isinstance(title := body.get("title"), str):  # the public API's problem document
+        return title == "try-again-later"
+    if isinstance(name := body.get("exceptionClassName"), str):  # the Config API's
+        return name.endswith("ValueConflictKnownException")
+    return "already running" in error.message
 
 
 def _status(job: Job) -> JobStatus:

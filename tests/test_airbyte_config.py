@@ -9,8 +9,10 @@ import pytest
 from pydantic import ValidationError
 
 from blocks import AirbyteServer
+from blocks.airbyte_config import ConfigApi
 from blocks.airbyte_model import Job
-from blocks.http import AuthError, BadReply, NotFoundError, VendorUnavailable
+from blocks.airbyte_public import PublicApi
+from blocks.http import AuthError, BadReply, ConflictError, NotFoundError, VendorUnavailable
 from sandbox import Sandbox, catalog
 from tasks.airbyte import AirbyteVendor
 from tasks.jobs import (
@@ -131,13 +133,14 @@ async def test_already_running_is_attached_to(both: Desk, policy: str) -> None:
     assert both.words[-1] == "succeeded"
 
 
+_KNOWN = "io.airbyte.commons.server.errors.ValueConflictKnownException"
 STUCK = {
     "public": {
         "status": 409,
         "title": "try-again-later",
         "data": {"message": "A sync is already running for: x"},
     },
-    "config": {"message": "A sync is already running for: x", "exceptionClassName": "ValueConflict"},
+    "config": {"message": "A sync is already running for: x", "exceptionClassName": _KNOWN},
 }
 
 
@@ -153,6 +156,33 @@ async def test_already_running_without_a_job(both: Desk) -> None:
     with pytest.raises(JobTimeout, match="a job was running already and did not end"):
         await both.run(timeout=0.5)
     assert both.jobs == []
+
+
+RUNNING = "A sync is already running for: x"
+CONFLICTS = [
+    ("public", {"title": "try-again-later", "data": {"message": "Eine Synchronisierung läuft"}}, True),
+    ("public", {"title": "state-conflict", "data": {"message": RUNNING}}, False),
+    ("config", {"message": "Eine Synchronisierung läuft", "exceptionClassName": _KNOWN}, True),
+    ("config", {"message": RUNNING, "exceptionClassName": "java.lang.IllegalStateException"}, False),
+    ("public", {"message": RUNNING}, True),
+    ("config", {"message": RUNNING}, True),
+    ("config", {"message": "odd"}, False),
+]
+
+
+@pytest.mark.parametrize(("api", "body", "running"), CONFLICTS)
+async def test_what_a_conflict_is(sandbox: Sandbox, api: str, body: Any, running: bool) -> None:
+    """A 409 is told by the word that is meant for it; its text is read only where there is none."""
+    desk = Desk(sandbox, server(sandbox, api))
+    start = "/(jobs|connections/sync)$"
+    desk.fault(kind="status", status=409, method="POST", path=start, body=body, times=1)
+    if running:
+        with pytest.raises(JobFailed, match="a job is running already, and the policy says fail"):
+            await desk.run(on_active="fail")
+    else:
+        with pytest.raises(ConflictError):
+            await desk.run(on_active="fail")
+    assert desk.jobs == []
 
 
 @pytest.mark.parametrize(
@@ -197,6 +227,40 @@ async def test_cancel_that_meets_the_end(both: Desk) -> None:
     both.fault(kind="delay", delay=0.6, path="/jobs/cancel$")
     both.fault(kind="delay", delay=0.6, method="DELETE")
     assert (await cancel_job(both.vendor, handle)).words == "it had ended already: succeeded"
+
+
+async def test_cancel_that_hits_another(
+    both: Desk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ours ends and another begins before the cancellation arrives: what became of ours is told, and that."""
+    both.behave(outcome="stuck")
+    handle = (await both.vendor.look_up(both.start_by_hand()))[0]
+    api = PublicApi if both.vendor._server.kind == "public" else ConfigApi
+    cancel = api.cancel_job
+
+    async def late(self: Any, job_id: str) -> Job:
+        both.sandbox.airbyte.jobs[int(job_id)].timeline.finish("succeeded")
+        both.start_by_hand()
+        return await cancel(self, job_id)
+
+    monkeypatch.setattr(api, "cancel_job", late)
+    assert (await cancel_job(both.vendor, handle)).words == "it had ended already: succeeded"
+    assert both.words == ["succeeded", "cancelled"]
+    assert f"job {handle.job_id} had succeeded before its cancellation arrived" in caplog.text
+
+
+async def test_a_cancellation_that_takes_its_time(both: Desk) -> None:
+    """A reply that still says running is no end: it is looked at again until it has one."""
+    both.behave(outcome="stuck")
+    handle = (await both.vendor.look_up(both.start_by_hand()))[0]
+    job = both.sandbox.airbyte.jobs[int(handle.job_id)]
+    public = both.vendor._server.kind == "public"
+    body = job.reply() if public else {"job": job.config_reply(old=False)}
+    fault = {"kind": "status", "status": 200, "times": 1, "body": body}
+    both.fault(**fault, path="/jobs/cancel$")
+    both.fault(**fault, method="DELETE")
+    assert (await cancel_job(both.vendor, handle)).words == "it was cancelled"
+    assert both.words == ["cancelled"]
 
 
 async def test_anybodys_job_is_waited_for(both: Desk) -> None:
