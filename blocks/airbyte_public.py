@@ -106,6 +106,6 @@ class PublicApi(AirbyteApi):
         """`DELETE /jobs/{id}`."""
         return await self.send("DELETE", f"/jobs/{job_id}", _JOB)
 
-    def _of_workspaces(self) -> dict[str, str]:
-        # Only the plural is a parameter: a `workspaceId` is ignored without a word.
-        return {"workspaceIds": ",".join(self._workspaces)} if self._workspaces else {}
+    def _of_workspaces(self) -> dict[str, list[str]]:
+        # Only the plural is a parameter: a `workspaceId` is ignored without a word. One key for each of them.
+        return {"workspaceIds": self._workspaces} if self._workspaces else {}

@@ -94,8 +94,20 @@ class Airbyte:
             )
         return connection
 
+    @property
+    def workspaces(self) -> list[str]:
+        """The ids of the workspaces that have connections; the flights' is the first."""
+        with self.lock:
+            return list(dict.fromkeys(connection.workspace_id for connection in self.connections.values()))
+
     def add_connections(
-        self, count: int, *, duration: float = 3.0, rows: int = 1000, prefix: str = "synthetic"
+        self,
+        count: int,
+        *,
+        duration: float = 3.0,
+        rows: int = 1000,
+        prefix: str = "synthetic",
+        workspace: str = catalog.WORKSPACE_ID,
     ) -> list[str]:
         """Add connections that load no data, for benches, and return their ids."""
         ids: list[str] = []
@@ -110,6 +122,7 @@ class Airbyte:
                     tags=[],
                     behaviour=ConnectionBehaviour(duration=duration),
                     rows=rows,
+                    workspace_id=workspace,
                     namespace_format=f"raw_{prefix}",
                     streams=[{"name": name, "syncMode": "full_refresh_overwrite"}],
                 )

@@ -166,8 +166,8 @@ class AirbyteApi:
         if connection_id is not None:
             wanted = _uuid(connection_id, "connectionId")
             tests.append(lambda job: job.connection_id == wanted)
-        elif workspaces and catalog.WORKSPACE_ID not in workspaces:
-            tests.append(lambda job: False)
+        elif workspaces:
+            tests.append(lambda job: self.airbyte.connections[job.connection_id].workspace_id in workspaces)
         if (job_type := query.get("jobType")) is not None:
             if job_type not in self._job_types:
                 raise Problem(400, f"Failed to convert argument [jobType] for value [{job_type}]")
@@ -201,7 +201,7 @@ class AirbyteApi:
                 connection
                 for connection in self.airbyte.connections.values()
                 if (deleted or connection.status != "deprecated")
-                and (not workspaces or catalog.WORKSPACE_ID in workspaces)
+                and (not workspaces or connection.workspace_id in workspaces)
                 and (not tags or any(tag["tagId"] in tags for tag in connection.tags))
             ]
         page = [connection.reply() for connection in found[offset : offset + limit]]
@@ -241,16 +241,16 @@ class AirbyteApi:
         """GET /workspaces."""
         limit, offset = _page(request)
         wanted = _ids(request, "workspaceIds")
-        found = [_workspace()] if not wanted or catalog.WORKSPACE_ID in wanted else []
-        page = found[offset : offset + limit]
+        found = [known for known in self.airbyte.workspaces if not wanted or known in wanted]
+        page = [_workspace(known) for known in found[offset : offset + limit]]
         return {"data": page, **_links("/workspaces", [], limit, offset, empty=not page)}
 
     async def get_workspace(self, request: Request) -> dict[str, Any]:
         """GET /workspaces/{id}."""
         workspace_id = _uuid(request.path_params["workspace_id"], "workspaceId")
-        if workspace_id != catalog.WORKSPACE_ID:
+        if workspace_id not in self.airbyte.workspaces:
             raise not_found("workspace", workspace_id)
-        return _workspace()
+        return _workspace(workspace_id)
 
     async def list_tags(self, request: Request) -> dict[str, Any]:
         """GET /tags."""
@@ -261,10 +261,10 @@ class AirbyteApi:
         return {"data": [catalog.tag(name) for name in names]}
 
 
-def _workspace() -> dict[str, Any]:
+def _workspace(workspace_id: str) -> dict[str, Any]:
     return {
-        "workspaceId": catalog.WORKSPACE_ID,
-        "name": catalog.WORKSPACE_NAME,
+        "workspaceId": workspace_id,
+        "name": catalog.workspace_name(workspace_id),
         "dataResidency": "auto",
         "notifications": {
             "failure": {"webhook": {"enabled": False}},

@@ -109,11 +109,12 @@ class AirbyteConfigApi:
         return {
             "workspaces": [
                 {
-                    "workspaceId": catalog.WORKSPACE_ID,
-                    "name": catalog.WORKSPACE_NAME,
-                    "slug": "new-york-flights",
+                    "workspaceId": workspace_id,
+                    "name": catalog.workspace_name(workspace_id),
+                    "slug": catalog.workspace_name(workspace_id).lower().replace(" ", "-"),
                     "initialSetupComplete": True,
                 }
+                for workspace_id in self.airbyte.workspaces
             ]
         }
 
@@ -196,10 +197,9 @@ class AirbyteConfigApi:
 
     async def jobs_of_workspaces(self, sent: dict[str, Any], request: Request) -> dict[str, Any]:
         """The jobs of workspaces, newest first."""
-        workspaces = sent.get("workspaceIds") or []
-        return self._list(sent, none=catalog.WORKSPACE_ID not in workspaces)
+        return self._list(sent, sent.get("workspaceIds") or [])
 
-    def _list(self, sent: dict[str, Any], *, none: bool = False) -> dict[str, Any]:
+    def _list(self, sent: dict[str, Any], workspaces: list[str] | None = None) -> dict[str, Any]:
         types = sent.get("configTypes")
         known = _OLD_CONFIG_TYPES if self._old else _CONFIG_TYPES
         if not isinstance(types, list) or not types or not set(types) <= set(known):
@@ -211,7 +211,10 @@ class AirbyteConfigApi:
             found = [
                 job
                 for job in self.airbyte.jobs.values()
-                if not none
+                if (
+                    workspaces is None
+                    or self.airbyte.connections[job.connection_id].workspace_id in workspaces
+                )
                 and job.hidden_until <= now
                 and job.config_type in types
                 and (config_id is None or job.connection_id == config_id)
@@ -252,10 +255,13 @@ class AirbyteConfigApi:
 
     async def connections(self, sent: dict[str, Any], request: Request) -> dict[str, Any]:
         """The connections of a workspace that are not deleted, all in one reply."""
-        if _uuid(sent, "workspaceId") != catalog.WORKSPACE_ID:
-            return {"connections": []}
+        workspace = _uuid(sent, "workspaceId")
         with self.airbyte.lock:
-            found = [c for c in self.airbyte.connections.values() if c.status != "deprecated"]
+            found = [
+                c
+                for c in self.airbyte.connections.values()
+                if c.status != "deprecated" and c.workspace_id == workspace
+            ]
         return {"connections": [connection.config_reply(old=self._old) for connection in found]}
 
     async def statuses(self, sent: dict[str, Any], request: Request) -> list[dict[str, Any]]:

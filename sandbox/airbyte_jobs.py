@@ -67,6 +67,7 @@ class Connection:
     behaviour: ConnectionBehaviour
     stream: catalog.Stream | None = None  # None: synthetic, no data is loaded
     rows: int = 1000  # of a synthetic connection
+    workspace_id: str = catalog.WORKSPACE_ID
     status: ConnectionStatus = "active"
     schedule: dict[str, str] = field(default_factory=lambda: {"scheduleType": "manual"})
     status_reason: str | None = None
@@ -87,7 +88,7 @@ class Connection:
             "name": self.name,
             "sourceId": catalog.SOURCE_ID,
             "destinationId": catalog.DESTINATION_ID,
-            "workspaceId": catalog.WORKSPACE_ID,
+            "workspaceId": self.workspace_id,
             "status": self.status,
             "namespaceFormat": self.namespace_format,
             "prefix": self.prefix,

@@ -303,6 +303,11 @@ PAGERDUTY_KEYS = {
 }
 
 
+def workspace_name(workspace_id: str) -> str:
+    """What an Airbyte workspace is called."""
+    return WORKSPACE_NAME if workspace_id == WORKSPACE_ID else f"Workspace {workspace_id[:8]}"
+
+
 def tag_id(name: str) -> str:
     """The id of the Airbyte tag of that name, the same in every run."""
     return str(uuid5(NAMESPACE_URL, f"sandbox-tag/{name}"))

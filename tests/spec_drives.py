@@ -64,7 +64,7 @@ async def _airbyte_by_the_engine(drive: Drive, kind: Literal["public", "config"]
         api=kind,
         client_id=catalog.CLIENT_ID,
         client_secret=catalog.CLIENT_SECRET,
-        workspace_ids=[catalog.WORKSPACE_ID],
+        workspace_ids=[catalog.WORKSPACE_ID, str(uuid4())],
     )
     vendor = AirbyteVendor(server)
     ids = sandbox.airbyte.add_connections(6, duration=0.1)

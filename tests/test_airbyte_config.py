@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from typing import Any
+from uuid import UUID
 
 import pytest
 from pydantic import ValidationError
@@ -339,6 +340,32 @@ async def test_a_thousand_jobs_cost_ten_requests_a_look(sandbox: Sandbox, api: s
         for _ in range(3):
             assert len(await vendor.observe(handles)) == 1000
     assert len(sandbox.requests) - before == 30
+
+
+@pytest.mark.parametrize("api", APIS)
+async def test_several_workspaces(sandbox: Sandbox, api: str) -> None:
+    """What is in the workspaces that the block names is listed and watched together, and nothing else."""
+    first, second, other = (str(UUID(int=number)) for number in (1, 2, 3))
+    ids = [
+        connection_id
+        for workspace in (first, second, other)
+        for connection_id in sandbox.airbyte.add_connections(3, duration=600, workspace=workspace)
+    ]
+    block = server(sandbox, api).model_copy(update={"workspace_ids": [first, second]})
+    vendor = AirbyteVendor(block)
+    async with vendor.session():
+        async with block.connect() as read:
+            assert [connection.id for connection in await read.connections()] == ids[:6]
+        listed = sandbox.requests.find(method="GET", path="/connections$")
+        jobs = [sandbox.airbyte.start(connection_id, "sync").job_id for connection_id in ids]
+        handles = [(await vendor.look_up(str(job)))[0] for job in jobs[:6]]
+        sandbox.requests.clear()
+        assert len(await vendor.observe(handles)) == 6
+    assert len(sandbox.requests) == 1
+    listed += sandbox.requests.find(method="GET", path="/jobs$")
+    assert len(listed) == (2 if api == "public" else 0)
+    # As the API's own description has a list: a key for each.
+    assert all(f"workspaceIds={first}&workspaceIds={second}" in request.query for request in listed)
 
 
 def _began(job: Any) -> str:
