@@ -328,9 +328,9 @@ def test_killed_between_reset_and_reload(
     box: Sandbox, runs: Runs, pipeline: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SIGKILL when the clear has ended and the sync is not there, the run retried: one clear, one sync."""
-    # The request for the sync never arrives, and no answer tells so.
+    # The request for the sync never arrives, and no answer tells so; those before the clear do.
     box.faults.add(vendor="airbyte", kind="drop", method="POST", path="/jobs$", after=1)
-    box.faults.add(vendor="airbyte", kind="drop", method="GET", path="/jobs$", after=1)
+    box.faults.add(vendor="airbyte", kind="drop", method="GET", path="/jobs$", after=3)
     run_id = runs.create(reload, {"connection": "planes", "mode": "full_refresh", "pipeline": PIPELINE})
     script = [sys.executable, str(Path(__file__).with_name("backfill_crash.py")), str(run_id), "reload"]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
