@@ -221,6 +221,32 @@ class ConfigApi(AirbyteApi):
             if len(reply.jobs) < PAGE:
                 return
 
+    async def jobs_changed(self, since: datetime) -> list[Job]:
+        """`POST /jobs/list_for_workspaces`; where the server has none, the newest of each connection."""
+        found: dict[str, Job] = {}
+        body: dict[str, Any] = {
+            "workspaceIds": self._workspaces or await self._all_workspaces(),
+            "updatedAtStart": since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            # Newest first: what changes between two pages moves to the front, and none is passed over.
+            "orderByField": "updatedAt",
+            "orderByMethod": "DESC",
+        }
+        full, offset = self._lists_workspaces, 0
+        while full:
+            body["pagination"] = {"pageSize": PAGE, "rowOffset": offset}
+            try:
+                reply = await self._list("/jobs/list_for_workspaces", body, retry=True)
+            except NotFoundError:
+                self._lists_workspaces = False
+                break
+            found |= {job.id: job for job in _jobs(reply)}
+            full, offset = len(reply.jobs) == PAGE, offset + PAGE
+        if not self._lists_workspaces:
+            for connection in await self.connections():
+                found |= {job.id: job for job in await self.newest_jobs(connection.id)}
+        since = since.replace(microsecond=0)
+        return [job for job in found.values() if job.ended_at >= since]
+
     async def _list(self, path: str, body: dict[str, Any], *, retry: bool) -> _Jobs:
         try:
             return await self.ask(path, _JOBS, {"configTypes": list(self._types), **body}, retry=retry)
@@ -263,6 +289,7 @@ def _job(info: _JobInfo) -> Job:
         type=_TYPES.get(job.type, job.type),
         connection_id=job.connection_id,
         created_at=created,
+        updated_at=datetime.fromtimestamp(job.updated, UTC),
         rows_synced=total.rows,
         bytes_synced=total.bytes,
         rows_rejected=total.rejected,

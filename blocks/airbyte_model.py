@@ -124,6 +124,7 @@ class Job(BaseModel):
     type: str = Field(default="sync", alias="jobType")
     connection_id: str = Field(alias="connectionId")
     created_at: datetime = Field(alias="startTime")  # the job's *created* time, in spite of its name
+    updated_at: datetime | None = Field(default=None, alias="lastUpdatedAt")  # of one that has ended
     duration: timedelta | None = None  # from creation to the last update, so with the time in the queue
     bytes_synced: int | None = Field(default=None, alias="bytesSynced")
     rows_synced: int | None = Field(default=None, alias="rowsSynced")
@@ -135,6 +136,11 @@ class Job(BaseModel):
     def ended(self) -> bool:
         """Whether the status is one of the three that do not change any more."""
         return self.status in ("succeeded", "failed", "cancelled")
+
+    @property
+    def ended_at(self) -> datetime:
+        """When a job that has ended did so, to a second."""
+        return self.updated_at or self.created_at + (self.duration or timedelta())
 
     @property
     def failures(self) -> list[Failure]:
@@ -239,6 +245,10 @@ class AirbyteApi(ApiClient, ABC):
             connection_ids: Whose jobs are wanted; there may be others among them.
             pages: Of a hundred jobs each.
         """
+
+    @abstractmethod
+    async def jobs_changed(self, since: datetime) -> list[Job]:
+        """All jobs of the workspaces that have changed since a time, by Airbyte's clock; of every kind."""
 
     @abstractmethod
     async def cancel_job(self, job_id: str) -> Job:

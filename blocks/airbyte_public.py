@@ -6,7 +6,7 @@ Vendor documentation: https://reference.airbyte.com/reference/getting-started
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Collection
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
@@ -101,6 +101,30 @@ class PublicApi(AirbyteApi):
             yield readable(reply.data, _JOB)
             if len(reply.data) < PAGE:
                 return
+
+    async def jobs_changed(self, since: datetime) -> list[Job]:
+        """`GET /jobs` of the workspaces, once for each kind that has to be named."""
+        found: dict[str, Job] = {}
+        for job_type in _JOB_TYPES[None]:
+            # Newest first: what changes between two pages moves to the front, and none is passed over.
+            params: dict[str, Any] = {
+                "limit": PAGE,
+                "orderBy": "updatedAt|DESC",
+                "updatedAtStart": since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+                **({"jobType": job_type} if job_type else {}),
+                **self._of_workspaces(),
+            }
+            full, offset = True, 0
+            while full:
+                try:
+                    reply = await self.get("/jobs", _JOBS, {**params, "offset": offset})
+                except VendorError as error:
+                    if job_type is None or error.status not in (400, 422):
+                        raise
+                    break  # an old server, which has no such kind
+                found |= {job.id: job for job in readable(reply.data, _JOB)}
+                full, offset = len(reply.data) == PAGE, offset + PAGE
+        return list(found.values())
 
     async def cancel_job(self, job_id: str) -> Job:
         """`DELETE /jobs/{id}`."""

@@ -1,4 +1,4 @@
-"""Looks where nobody pushes: at an S3 prefix for new objects, at a table for new rows.
+"""Looks where nobody pushes: at an S3 prefix for new objects, at a table for new rows, at Airbyte's jobs.
 
 Deployed with an interval, each look hands over what is new as events, and the `once_triggers` of other
 deployments say what these start. Listeners that stay up (SQS, Kafka, PostgreSQL's NOTIFY) are in
@@ -15,6 +15,7 @@ from pydantic import Field
 from flows.fan_out import submit
 from tasks.events import HandOverError, TriggersWrong
 from tasks.jobs import EventLoopTaskRunner, without_traceback
+from tasks.looking.airbyte import JobsLook, WatchedJobs, look_at_jobs
 from tasks.looking.arrivals import Look, S3Prefix, look_at_prefix
 from tasks.looking.memory import MemoryUnreadable
 from tasks.looking.rows import DatabaseError, RowsLook, WatchedRows, look_at_rows
@@ -85,6 +86,33 @@ def database_changes(
     without_traceback(*_KNOWN)
     look = submit(look_at_rows, what, triggers_here(triggers)).result()
     return _ended(look, "NothingNew" if not look.rows else "HandedOver")  # type: ignore[no-any-return]
+
+
+@flow(name="airbyte-ended", task_runner=EventLoopTaskRunner())
+def airbyte_ended(
+    what: WatchedJobs,
+    triggers: TriggerFiles = _FILES,
+) -> JobsLook:
+    """Hand over every Airbyte job that has ended as `elt.airbyte.job.…`, as the receiver does.
+
+    An event that has come by a notification as well is the same one, and starts nothing twice. A look may be
+    killed at any moment: the next one goes on.
+
+    Args:
+        what: Whose jobs.
+        triggers: Files of deployments, from the root of the repository.
+
+    Returns:
+        How many jobs were handed over.
+
+    Raises:
+        VendorError, BlockNotFound: Airbyte or the block is not as it must be.
+        HandOverError: The Prefect server did not take everything; the next look goes on.
+        TriggersWrong: A file of deployments can't be used. Nothing was looked at.
+    """
+    without_traceback(*_KNOWN)
+    look = submit(look_at_jobs, what, triggers_here(triggers)).result()
+    return _ended(look, "NothingNew" if not look.jobs else "HandedOver")  # type: ignore[no-any-return]
 
 
 def _ended(look: Any, name: str) -> Any:

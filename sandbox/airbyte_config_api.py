@@ -206,6 +206,7 @@ class AirbyteConfigApi:
             raise _invalid("configTypes")
         statuses, config_id = set(sent.get("statuses") or []), sent.get("configId")
         start, end = (_time(sent, f"createdAt{edge}") for edge in ("Start", "End"))
+        changed = _time(sent, "updatedAtStart")
         now = time.monotonic()
         with self.airbyte.lock:
             found = [
@@ -221,7 +222,10 @@ class AirbyteConfigApi:
                 and (not statuses or job.status in statuses)
                 and (start is None or job.created_wall >= start)
                 and (end is None or job.created_wall <= end)
+                and (changed is None or _updated(job) >= changed)
             ]
+        if sent.get("orderByField") == "updatedAt":
+            found.sort(key=_updated)
         if sent.get("orderByMethod", "DESC") == "DESC":
             found.reverse()
         pagination = sent.get("pagination") or {}
@@ -301,6 +305,10 @@ def _uuid(sent: dict[str, Any], name: str) -> str:
         return str(UUID(sent[name]))
     except (KeyError, ValueError, TypeError, AttributeError) as exc:
         raise _invalid(name) from exc
+
+
+def _updated(job: Job) -> float:
+    return job.timeline.wall(job.timeline.at()[1])
 
 
 def _time(sent: dict[str, Any], name: str) -> float | None:

@@ -2,7 +2,8 @@
 
 Airbyte signs nothing and sends each notification once, so the address carries a secret, a notification is
 no more than a hint, and the job is read again from Airbyte's own API: what that says is the event. Of a
-cancelled job there is no notification, and none at all where the receiver was away.
+cancelled job there is no notification, and none at all where the receiver was away: those are for the look at
+Airbyte's own list of jobs (`tasks.looking.airbyte`).
 
 Vendor documentation: https://docs.airbyte.com/platform/cloud/managing-airbyte-cloud/manage-airbyte-cloud-notifications
 """
@@ -11,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime
-from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import PrefectClient
@@ -23,12 +22,8 @@ from blocks.errors import NotFoundError
 from blocks.receiver import AirbyteWebhook
 from blocks.signatures import is_secret
 from deployments.receiver.source import AWAY, Desk, Hook, Reading, Refused, Source, TryAgain
+from tasks.airbyte_ended import ended_event
 from tasks.airbyte_jobs import AirbyteVendor
-from tasks.events import EltEvent, Related
-from tasks.jobs import JobState
-from tasks.jobs.started import started_by_us
-
-_OUTCOMES = {JobState.SUCCEEDED: "succeeded", JobState.FAILED: "failed", JobState.CANCELLED: "cancelled"}
 
 _EARLY = (0.5, 1.0, 2.0)
 """Seconds between looks at a job that has not ended yet, while Airbyte waits for the answer."""
@@ -122,43 +117,13 @@ class AirbyteSource(Source[AirbyteWebhook]):
     async def _ended(self, data: _Data, looks: tuple[float, ...]) -> Reading:
         for pause in (*looks, None):
             try:
-                handle, request, status = await self._vendor.look_up(str(data.job_id))
+                found = await self._vendor.look_up(str(data.job_id))
             except NotFoundError:
                 raise Refused(f"this Airbyte has no job {data.job_id}") from None
-            if handle.resource_id != str(data.connection.id):
+            if found[0].resource_id != str(data.connection.id):
                 raise Refused(f"job {data.job_id} is not of this connection")
-            if (outcome := _OUTCOMES.get(status.state)) is not None:
-                break
+            if event := await ended_event(self.name, found, self.client, occurred=data.finished_at):
+                return Reading((event,))
             if pause is not None:
                 await asyncio.sleep(pause)
-        else:
-            raise NotEnded(f"job {data.job_id} has not ended by Airbyte's own word")
-        flow_run = await started_by_us(
-            self.client, self._vendor.name, handle.resource_id, handle.job_id, began=handle.started_at
-        )
-        payload: dict[str, Any] = {
-            "job_id": handle.job_id,
-            "operation": request.operation,
-            "connection_id": handle.resource_id,
-            "connection_name": request.name,
-            "owner": request.owner,
-            "rows": status.rows,
-            "bytes": status.bytes,
-            "message": status.message,
-            "url": handle.url,
-            "started_by_flow_run": str(flow_run) if flow_run else None,
-        }
-        event = EltEvent(
-            name=f"elt.airbyte.job.{outcome}",
-            key=f"airbyte:{self.name}:{handle.job_id}",
-            occurred=data.finished_at or datetime.now(UTC),
-            resource_id=f"elt.airbyte.connection.{handle.resource_id}",
-            resource_name=request.name,
-            labels={
-                "elt.airbyte.operation": request.operation,
-                "elt.started-by": "elt-flows" if flow_run else "airbyte",
-            },
-            payload=payload,
-            related=(Related(id=f"prefect.flow-run.{flow_run}", role="started-by"),) if flow_run else (),
-        )
-        return Reading((event,))
+        raise NotEnded(f"job {data.job_id} has not ended by Airbyte's own word")
