@@ -13,7 +13,7 @@
 #   make automations [ENV=dev] [ARGS=--check]       deployments/automations.yaml onto the server of PREFECT_API_URL
 #   make deploy [ENV=dev | BRANCH=x]     all deployments on the server of PREFECT_API_URL; ARGS=--check
 #   make undeploy BRANCH=x                takes a branch's deployments down again
-#   make docs                             the dbt project's own site
+#   make docs [PROJECT=folder]            the dbt project's own site
 #   make lint types check bench
 
 PYTHON ?= python3
@@ -21,6 +21,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 STATE ?= .sandbox
+PROJECT ?= sandbox/dbt
+OF_DEMO = $(filter sandbox/dbt,$(PROJECT))
 
 .PHONY: setup demo ui server receiver listen warm-worker test quick lint types check check-dbt docs pipelines \
   automations deploy undeploy bench clean
@@ -92,11 +94,13 @@ deploy: $(READY)
 undeploy: $(READY)
 	@$(BIN)/python -m deployments.deploy --undeploy $(if $(BRANCH),--branch $(BRANCH)) $(ARGS)
 
-# With the columns of the demo's warehouse, once there is one.
+# In the project's folder, where dbt finds its profiles by its own rule: DBT_PROFILES_DIR, here, ~/.dbt. With the
+# columns of the warehouse; of the demo's once there is one, of another without ARGS=--empty-catalog.
 docs: $(READY)
-	@ELT_WAREHOUSE=$(abspath $(STATE))/warehouse.duckdb $(BIN)/dbt --quiet docs generate --static \
-	  --project-dir sandbox/dbt --profiles-dir sandbox/dbt --target-path $(abspath $(STATE))/docs \
-	  --log-path $(abspath $(STATE))/docs $(if $(wildcard $(STATE)/warehouse.duckdb),,--empty-catalog)
+	@cd $(PROJECT) && $(if $(OF_DEMO),ELT_WAREHOUSE=$(abspath $(STATE))/warehouse.duckdb) \
+	  $(abspath $(BIN))/dbt --quiet docs generate --static --target-path $(abspath $(STATE))/docs \
+	  --log-path $(abspath $(STATE))/docs \
+	  $(if $(OF_DEMO),$(if $(wildcard $(STATE)/warehouse.duckdb),,--empty-catalog)) $(ARGS)
 	@echo "The dbt project's site: $(STATE)/docs/static_index.html"
 
 bench: $(READY)
