@@ -260,6 +260,7 @@ def test_manual_run_on_a_worker(worker: Runs, stage: Stage) -> None:
     assert [len(stage.box.airbyte.jobs_of(name)) for name in ("airlines", "airports", "flights")] == [1, 1, 0]
 
 
+@pytest.mark.timeout(480)
 async def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
     """`elt.source.ready`, told twice, starts one run with its connections, which a worker ends."""
     known = {run.id for run in worker.of(CHAIN)}
@@ -269,7 +270,7 @@ async def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
     for _ in range(2):
         await hand_over([event], [_ready])
     (begun,) = (run for run in worker.of(CHAIN) if run.id not in known and not run.auto_scheduled)
-    ended = worker.ended(begun.id, within=180)
+    ended = worker.ended(begun.id, within=360)
     assert [sync["connection_id"] for sync in ended.parameters["syncs"]] == ids
     assert ended.state is not None
     assert ended.state.name == "Completed", ended.state.message
@@ -280,9 +281,33 @@ async def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
     assert catalog.DEFAULT_CHANNEL in {message.channel for message in stage.box.slack.messages}
 
 
-def _artifacts(runs: Runs, run: UUID) -> set[str | None]:
+@pytest.mark.timeout(480)
+def test_a_generated_pipeline_on_a_worker(worker: Runs, stage: Stage) -> None:
+    """It loads what feeds its exposure, looks at the gates of its base, builds, and sends on that alone."""
+    name = "exposure-braze-weather-delays"
+    prefect("--no-prompt", "deploy", "--name", name, "--prefect-file", "deployments/pipelines.yaml")
+
+    def done() -> list[int]:
+        loads = [len(stage.box.airbyte.jobs_of(load)) for load in IDS]
+        return [*loads, *(len(stage.box.hightouch.sync(sync.slug).runs) for sync in catalog.SYNCS)]
+
+    before = done()
+    run = worker.start(f"elt-chain/{name}")
+    ended = worker.ended(run, within=360)
+    assert ended.state is not None
+    assert ended.state.name == "Completed", ended.state.message
+    its_own = [*(load in ("flights", "weather") for load in IDS)]
+    its_own += [sync.slug == "weather-delays-to-braze" for sync in catalog.SYNCS]
+    assert [now - then for now, then in zip(done(), before, strict=True)] == its_own
+    assert _count(stage, "marts.mart_weather_delays") > 0
+    report = str(_artifacts(worker, run)["elt-report"])
+    assert "| ✓ | rows | SUCCEEDED |" in report
+    assert "| ✓ | freshness | SUCCEEDED |" in report
+
+
+def _artifacts(runs: Runs, run: UUID) -> dict[str | None, Any]:
     of_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run]))
-    return {artifact.key for artifact in runs.client.read_artifacts(artifact_filter=of_run)}
+    return {found.key: found.data for found in runs.client.read_artifacts(artifact_filter=of_run)}
 
 
 def _count(stage: Stage, table: str) -> int:
