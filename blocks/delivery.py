@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import stamina
 
-from blocks.http import RateLimited, VendorUnavailable
+from blocks.http import BadReply, RateLimited, VendorUnavailable
 
 T = TypeVar("T")
 
@@ -16,9 +16,9 @@ T = TypeVar("T")
 async def deliver(send: Callable[[], Awaitable[T]], *, patience: float, repeatable: bool) -> T:
     """Send until it is taken or the patience is over.
 
-    Tried again are 429, 5xx and connections that were not made; a request whose reply was lost only where a
-    second one does no harm. A wait that the vendor asks for is kept to where it fits into the patience; where
-    it does not (an hour), there is no waiting at all.
+    Tried again are 429, 5xx and connections that were not made; a request whose reply was lost or can't be
+    read only where a second one does no harm. A wait that the vendor asks for is kept to where it fits into
+    the patience; where it does not (an hour), there is no waiting at all.
 
     Args:
         send: Sends once, and raises one of the errors of `blocks.errors` where that fails.
@@ -36,6 +36,8 @@ async def deliver(send: Callable[[], Awaitable[T]], *, patience: float, repeatab
             return max(error.retry_after, 0.1) if fits else False
         if isinstance(error, RateLimited):
             return True
+        if isinstance(error, BadReply) and (error.status or 0) < 400:
+            return repeatable
         return isinstance(error, VendorUnavailable) and (repeatable or not error.sent or bool(error.status))
 
     async for attempt in stamina.retry_context(

@@ -79,7 +79,7 @@ async def post_webhook(webhook: SlackWebhook, text: str, *, patience: float) -> 
         response = await _guarded(lambda: client.send(text=message, unfurl_links=False))
         body = str(response.body).strip()
         if response.status_code != 200 or body != "ok":
-            raise _refusal(response.status_code, body[:100], response.headers)
+            raise _refusal(response.status_code, body[:100] or "an empty body", response.headers)
 
     try:
         await deliver(lambda: send(cut(text)), patience=patience, repeatable=False)
@@ -158,6 +158,8 @@ async def _guarded(call: Callable[[], Awaitable[Any]]) -> Any:
         raise VendorUnavailable("Slack", "no connection could be made", sent=False) from None
     except TimeoutError:
         raise VendorUnavailable("Slack", "no reply in time; it may have been posted") from None
+    except UnicodeDecodeError:  # a ValueError too, but not of the URL
+        raise VendorUnavailable("Slack", "its reply is no text; it may have been posted") from None
     except (aiohttp.InvalidURL, ValueError):
         raise VendorError("Slack", "the block's URL can't be used", sent=False) from None
     except (aiohttp.ClientError, SlackClientError, OSError):
@@ -166,8 +168,13 @@ async def _guarded(call: Callable[[], Awaitable[Any]]) -> Any:
 
 def _refusal_of(error: SlackApiError) -> VendorError:
     response = error.response
+    if isinstance(
+        response, aiohttp.ClientResponse
+    ):  # slack_sdk gives its own only where it could read the JSON
+        return _refusal(response.status, "broken JSON; it may have been posted", response.headers)
     data = response.data if isinstance(response.data, dict) else {}
-    return _refusal(response.status_code, str(data.get("error") or "no JSON"), response.headers)
+    word = data.get("error") or ("no reason" if data else "no JSON")
+    return _refusal(response.status_code, str(word), response.headers)
 
 
 def _refusal(status: int, word: str, headers: Mapping[str, str]) -> VendorError:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal
 from uuid import uuid4
 
@@ -33,8 +34,11 @@ from tasks.jobs import (
     run_job,
 )
 from tests.jobs_fixtures import until
-from tests.spec_fixtures import BY_HAND
+from tests.spec_fixtures import BY_HAND, Contract, read
+from tests.spec_slips import AIRBYTE_CONFIG, AIRBYTE_PUBLIC, HIGHTOUCH, PAGERDUTY, airbyte_public
 
+AIRBYTE_PREFIX = "/api/public/v1"
+HIGHTOUCH_PREFIX = "/hightouch/api/v1"
 LONG_AGO = datetime(2020, 1, 1, tzinfo=UTC)
 QUICK = JobPolicy(poll=0.03, timeout=60, outage=60)
 
@@ -278,3 +282,27 @@ async def drive_pagerduty(drive: Drive) -> None:
     sandbox.pagerduty.settings.events_per_minute = 1
     await drive.ask("POST", "/enqueue", 202, json=event | {"payload": payload})
     await drive.ask("POST", "/enqueue", 429, json=event | {"payload": payload})
+
+
+# -- what they are held against
+
+
+def airbyte_contract(files: Path) -> Contract:
+    document = airbyte_public(read(files / "airbyte-public-api.yaml"), read(files / "airbyte-problems.yaml"))
+    return Contract(document, AIRBYTE_PREFIX, "https://api.airbyte.com/v1", AIRBYTE_PUBLIC)
+
+
+def airbyte_config_contract(files: Path) -> Contract:
+    document = read(files / "airbyte-config-api.yaml")
+    return Contract(document, "/api/v1", "https://cloud.airbyte.com/api/v1", AIRBYTE_CONFIG)
+
+
+def hightouch_contract(files: Path) -> Contract:
+    return Contract(
+        read(files / "hightouch.yaml"), HIGHTOUCH_PREFIX, "https://api.hightouch.com/api/v1", HIGHTOUCH
+    )
+
+
+def pagerduty_contract(files: Path) -> Contract:
+    document = read(files / "pagerduty-events-v2.json")
+    return Contract(document, "/pagerduty/v2", "https://events.pagerduty.com/v2", PAGERDUTY)

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import duckdb
 import pytest
@@ -26,8 +26,10 @@ from blocks.http import (
     VendorUnavailable,
 )
 from sandbox import Sandbox, catalog
+from sandbox.faults import Vendor
 from tasks.jobs import InputError, JobCancelled, JobError, JobFailed, JobResult, JobState, JobTimeout
-from tests.faults_fixtures import JOB, SUBJECTS, Subject, scaled
+from tests.faults_fixtures import Subject, scaled
+from tests.faults_subjects import JOB, SUBJECTS
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
 
 __all__ = ["collected", "scaled"]
@@ -175,9 +177,14 @@ EXCEPTIONS: dict[tuple[str, str], dict[str, Any]] = {
     # A sync that somebody stops in Fivetran leaves no trace: neither a success nor a failure is newer.
     ("fivetran", "somebody cancels it"): {**_NO_CANCEL, "gives": JobTimeout, "policy": {"timeout": 0.5}},
     # Power BI's declaration takes every 409 as "one is running already": it waits, and starts.
-    ("http-job", "409 of a kind unknown"): {"gives": SUCCEEDED, "says": "", "starts": 1},
-    # What nobody has declared is not said: in Power BI there is no reason beside the state.
-    ("http-job", "somebody cancels it"): {"says": "cancelled"},
+    ("power-bi", "409 of a kind unknown"): {"gives": SUCCEEDED, "says": "", "starts": 1},
+    # What nobody has declared is not said: in neither is there a reason beside the state.
+    **{(name, "somebody cancels it"): {"says": "cancelled"} for name in ("power-bi", "tableau")},
+    # Tableau has no word for a state: what has no end is in progress, whatever else it may be.
+    **{
+        ("tableau", row): {"log": "InProgress"}
+        for row in ("an unknown state for a while", "an unknown state for ever")
+    },
     # Census never refuses either: what is asked for while a run goes on is a run, and that one is skipped.
     ("census", "queue"): {"starts": 3},
     **{("census", row): {"starts": 2} for row in ("adopt", "skip", "fail")},
@@ -376,6 +383,12 @@ async def test_401_once(clean: Sandbox, vendor: str, moment: str) -> None:
     gives = SUCCEEDED if subject.has_token else AuthError
     starts = 1 if subject.has_token or moment == "while it runs" else 0
     await check(subject, run, Cell(None, gives, starts=starts), "")
+
+
+def test_no_vendor_is_left_out() -> None:
+    """Every vendor of the sandbox is in the table; those that are only told have one of their own."""
+    subjects = {subject.sandbox_name for subject in SUBJECTS.values()}
+    assert subjects == set(get_args(Vendor)) - {"slack", "pagerduty"}, "see tests/test_faults_alerts.py, too"
 
 
 # -- kinds of 409 that only one vendor has

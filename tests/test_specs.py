@@ -9,24 +9,20 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from sandbox.faults import Vendor
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
-from tests.spec_census import census_contract, drive_census
-from tests.spec_dbt_cloud import dbt_cloud_contract, drive_dbt_cloud
-from tests.spec_drives import Drive, drive_airbyte, drive_airbyte_config, drive_hightouch, drive_pagerduty
-from tests.spec_fivetran import drive_fivetran, fivetran_contract
-from tests.spec_fixtures import Contract, Exchange, distinct, folder, read, untried, witnessed
-from tests.spec_slips import AIRBYTE_CONFIG, AIRBYTE_PUBLIC, HIGHTOUCH, PAGERDUTY, airbyte_public
+from tests.spec_drives import AIRBYTE_PREFIX, Drive, airbyte_contract
+from tests.spec_fixtures import Contract, Exchange, distinct, folder, untried, witnessed
 
 __all__ = ["collected"]
 
 pytestmark = [*PREFECTS_SOCKETS, pytest.mark.no_server]
-
-AIRBYTE_PREFIX = "/api/public/v1"
-HIGHTOUCH_PREFIX = "/hightouch/api/v1"
 
 
 # -- and held against
@@ -41,36 +37,28 @@ class Driven:
     untried: list[str]
 
 
-def airbyte_contract(files: Path) -> Contract:
-    document = airbyte_public(read(files / "airbyte-public-api.yaml"), read(files / "airbyte-problems.yaml"))
-    return Contract(document, AIRBYTE_PREFIX, "https://api.airbyte.com/v1", AIRBYTE_PUBLIC)
+_Contract = Callable[[Path], Contract]
+_Drive = Callable[[Drive], Awaitable[None]]
 
 
-def airbyte_config_contract(files: Path) -> Contract:
-    document = read(files / "airbyte-config-api.yaml")
-    return Contract(document, "/api/v1", "https://cloud.airbyte.com/api/v1", AIRBYTE_CONFIG)
+def _found() -> dict[str, tuple[_Contract, _Drive]]:
+    """Every `drive_<vendor>` of a `spec_*.py` in this folder, with the `<vendor>_contract` beside it."""
+    found = {}
+    for file in sorted(Path(__file__).parent.glob("spec_*.py")):
+        module = vars(import_module(f"tests.{file.stem}"))
+        for name, drive in module.items():
+            if name.startswith("drive_"):
+                vendor = name.removeprefix("drive_")
+                found[vendor] = (module[f"{vendor}_contract"], drive)
+    return found
 
 
-def hightouch_contract(files: Path) -> Contract:
-    return Contract(
-        read(files / "hightouch.yaml"), HIGHTOUCH_PREFIX, "https://api.hightouch.com/api/v1", HIGHTOUCH
-    )
+VENDORS = _found()
 
 
-def pagerduty_contract(files: Path) -> Contract:
-    document = read(files / "pagerduty-events-v2.json")
-    return Contract(document, "/pagerduty/v2", "https://events.pagerduty.com/v2", PAGERDUTY)
-
-
-VENDORS: dict[str, tuple[Callable[[Path], Contract], Callable[[Drive], Awaitable[None]]]] = {
-    "airbyte": (airbyte_contract, drive_airbyte),
-    "airbyte-config": (airbyte_config_contract, drive_airbyte_config),
-    "fivetran": (fivetran_contract, drive_fivetran),
-    "census": (census_contract, drive_census),
-    "dbt-cloud": (dbt_cloud_contract, drive_dbt_cloud),
-    "hightouch": (hightouch_contract, drive_hightouch),
-    "pagerduty": (pagerduty_contract, drive_pagerduty),
-}
+def test_no_vendor_is_left_out() -> None:
+    """Every vendor of the sandbox is held against its file, but for those that publish none."""
+    assert VENDORS.keys() >= set(get_args(Vendor)) - {"slack", "power_bi", "tableau"}
 
 
 @pytest.fixture(scope="module", params=VENDORS)
