@@ -30,7 +30,7 @@ from deployments.server import LocalServer, free_port
 Way = Literal["native", "ours"]
 WAYS: tuple[Way, ...] = ("native", "ours")
 POOL, FLOW = "bench", "begun"
-_PATIENCE = 120.0
+_PATIENCE = 300.0
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,17 @@ class Events:
         trigger = {"type": "event", "posture": "Reactive", "expect": ["bench.native"], "threshold": 1}
         self._post("automations/", name="bench", trigger=trigger, actions=[action])
         deadline = time.monotonic() + _PATIENCE
-        while not self.runs():
+        sent: list[str] = []
+        runs: Counter[str] = Counter()
+        # After the first run the automation is known: what was sent last has its run, too, and last of all.
+        while not runs or sent[-1] not in runs:
             if time.monotonic() > deadline:
                 raise BenchError("The server does not know the automation.")
-            self.send_native(["prepared"])
+            if not runs:
+                sent.append(f"prepared-{len(sent)}")
+                self.send_native(sent[-1:])
             time.sleep(1)
+            runs = self.runs()
 
     def _post(self, path: str, **body: object) -> dict[str, str]:
         found: dict[str, str] = self.client.post(path, json=body).raise_for_status().json()

@@ -18,7 +18,7 @@ def events(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield prepared
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(700)
 @pytest.mark.parametrize("way", WAYS)
 def test_one_run_per_event(events: Events, way: Way) -> None:
     """Through Prefect's own trigger and through `hand_over`, a hundred events are a hundred runs."""
