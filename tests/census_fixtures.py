@@ -41,7 +41,7 @@ def credentials(box: Sandbox) -> CensusCredentials:
 
 def sync(credentials: CensusCredentials | str, sync_id: Any = SYNC, **settings: Any) -> CensusSync:
     full_sync = settings.pop("full_sync", False)
-    policy = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **settings})
+    policy = JobPolicy(**{"poll": 0.05, "timeout": 90.0, **settings})
     return CensusSync(credentials=credentials, sync_id=sync_id, full_sync=full_sync, policy=policy)
 
 
@@ -54,7 +54,7 @@ async def run(
 ) -> JobResult:
     """One attempt; attempts with one journal are retries of each other."""
     request = PlainRequest(str(SYNC), operation, "fleet", None)
-    settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
+    settings = JobPolicy(**{"poll": 0.05, "timeout": 90.0, **policy})
     return await run_job(CensusVendor(credentials), request, settings, journal=journal or MemoryJournal())
 
 

@@ -62,11 +62,11 @@ class Desk:
             retries=retries,
             alone=policy.get("on_active", "queue") != "queue",
         )
-        settings = JobPolicy(**{"poll": 0.03, "timeout": 20.0, **policy})
+        settings = JobPolicy(**{"poll": 0.03, "timeout": 90.0, **policy})
         return await run_job(self.vendor, request, settings, journal=self.journal)
 
     def parameters(self, **fields: Any) -> DbtCloud:
-        settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **fields.pop("policy", {})})
+        settings = JobPolicy(**{"poll": 0.05, "timeout": 90.0, **fields.pop("policy", {})})
         values = {"credentials": self.credentials, "job_id": self.job, "policy": settings, **fields}
         return DbtCloud(**values)
 

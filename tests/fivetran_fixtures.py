@@ -47,7 +47,7 @@ class Desk:
     async def run(self, *, rescheduled: Any = "retrigger", **options: Any) -> JobResult:
         """One attempt. Attempts of one desk are retries of each other: they share a journal."""
         how, scope = options.pop("how", "sync"), options.pop("scope", None)
-        policy = JobPolicy(**{"poll": 0.03, "timeout": 20.0, **options})
+        policy = JobPolicy(**{"poll": 0.03, "timeout": 90.0, **options})
         request = FivetranRequest(
             self.connection_id,
             "resync" if how == "resync" else "sync",

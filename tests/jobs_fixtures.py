@@ -72,6 +72,10 @@ class Desk:
         """What somebody else starts."""
         return str(self.sandbox.airbyte.start(self.connection_id, operation).job_id)
 
+    def end_first(self) -> None:
+        """Let the oldest job succeed now."""
+        self.sandbox.airbyte.jobs_of(self.connection_id)[0].timeline.finish("succeeded")
+
     @property
     def entry(self) -> Entry:
         (entry,) = self.journal.entries.values()

@@ -211,7 +211,7 @@ async def test_killed_between(desk: Desk, monkeypatch: pytest.MonkeyPatch, momen
         desk.fault(kind="drop", method="POST", path="/jobs$", after=1)
         desk.fault(kind="drop", method="GET", path="/jobs$", after=3)  # the look before the clear
     if moment == "while the sync is asked for":  # it arrives, and its sender is gone before the answer
-        desk.fault(kind="delay", delay=2.0, method="POST", path="/jobs$", after=1)
+        desk.fault(kind="delay", delay=10.0, method="POST", path="/jobs$", after=1)
     wanted = 1 if moment == "while it clears" else 2
     async with killed(desk, before="clear") as run, asyncio.timeout(60):
         while desk.posts < wanted or not any(e.handle for e in await read_entries(run)):  # noqa: ASYNC110 - of a process
@@ -221,7 +221,7 @@ async def test_killed_between(desk: Desk, monkeypatch: pytest.MonkeyPatch, momen
     if moment == "while it clears":
         desk.sandbox.airbyte.jobs_of(desk.connection_id)[0].timeline.finish("succeeded")
         desk.behave(duration=0.5)
-    monkeypatch.setattr(AirbyteVendor, "grace", 3.0)
+    monkeypatch.setattr(AirbyteVendor, "grace", 30.0)
     result = await run_again(run)
     assert result.state is JobState.SUCCEEDED
     assert types(desk) == ["clear", "sync"]
@@ -262,9 +262,10 @@ async def test_anybodys_job_over_the_config_api(desk: Desk, sandbox: Sandbox) ->
         client_id=desk.vendor._server.client_id,
         client_secret=desk.vendor._server.client_secret,
     )
-    desk.behave(duration=2)
+    desk.behave(duration=60)
     job = desk.start_by_hand("refresh")
     assert not (await airbyte_status(server, job)).state.terminal
+    desk.end_first()
     waited = await airbyte_wait(server, job, QUICK)
     assert (waited.rows, waited.name, waited.attempts) == (1000, "synthetic-0006", 1)
     assert [stream.name for stream in waited.streams] == ["synthetic-0006"]

@@ -26,7 +26,7 @@ from tasks.jobs import (
     wait_for_job,
 )
 from tests.airbyte_fixtures import APIS, QUICK, both, config, server
-from tests.jobs_fixtures import Desk
+from tests.jobs_fixtures import Desk, until
 
 __all__ = ["both", "config"]
 
@@ -127,9 +127,14 @@ async def test_a_refused_read_starts_nothing(config: Desk) -> None:
 @pytest.mark.parametrize("policy", ["queue", "adopt"])
 async def test_already_running_is_attached_to(both: Desk, policy: str) -> None:
     """Either API's 409 "already running" is a reason to wait, or to take that job, and never an error."""
-    both.behave(duration=0.5)
+    both.behave(outcome="stuck", times=1)
     theirs = both.start_by_hand()
-    result = await both.run(on_active=policy)
+    waiting = both.begin(on_active=policy)
+    await until(lambda: bool(both.sandbox.requests.count(path="/(jobs|connections/sync)$", method="POST")))
+    if policy == "adopt":
+        await both.until_started()
+    both.end_first()
+    result = await waiting
     assert both.jobs == ([theirs, result.job_id] if policy == "queue" else [theirs])
     assert both.words[-1] == "succeeded"
 
@@ -266,9 +271,10 @@ async def test_a_cancellation_that_takes_its_time(both: Desk) -> None:
 
 async def test_anybodys_job_is_waited_for(both: Desk) -> None:
     """A job that somebody else started is looked up, waited for and judged; an unknown one is said so."""
-    both.behave(duration=0.3)
+    both.behave(duration=60)
     handle, request, status = await both.vendor.look_up(both.start_by_hand())
     assert (request.operation, status.state.terminal) == ("sync", False)
+    both.end_first()
     assert (await wait_for_job(both.vendor, request, handle, QUICK)).rows == 1000
     for nobody in ("999999", "abc"):
         with pytest.raises(Exception, match=r"404|400|no job id"):

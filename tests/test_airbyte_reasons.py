@@ -20,7 +20,7 @@ from tasks.airbyte import AirbyteVendor
 from tasks.airbyte_jobs import AirbyteRequest, _status
 from tasks.jobs import InputError, JobFailed, JobState, MemoryJournal, run_job
 from tests.airbyte_fixtures import APIS, QUICK, config, server
-from tests.jobs_fixtures import Desk
+from tests.jobs_fixtures import Desk, until
 
 __all__ = ["config"]
 
@@ -43,7 +43,7 @@ def asked(sandbox: Sandbox, prefix: str) -> int:
 
 async def test_attempts_are_told_as_they_happen(config: Desk, caplog: pytest.LogCaptureFixture) -> None:
     """Each new attempt is logged when it begins, with the reason for which the one before has failed."""
-    config.behave(outcome="fail", attempts=3, duration=1.2, reason="Password expired", failure="config_error")
+    config.behave(outcome="fail", attempts=3, duration=6, reason="Password expired", failure="config_error")
     with caplog.at_level(logging.INFO, "elt.jobs"), pytest.raises(JobFailed) as caught:
         await config.run()
     lines = [record.message for record in caplog.records]
@@ -100,8 +100,14 @@ async def test_many_that_end_together_over_the_public_api(sandbox: Sandbox) -> N
     """What it hides of them comes with a list of the Config API, not with a request for each."""
     desks = [Desk(sandbox, server(sandbox, "public")) for _ in range(12)]
     for desk in desks:
-        desk.behave(outcome="partial" if desk is desks[0] else "succeed", duration=1.5, rejected=3)
-    ends = await asyncio.gather(*(desk.run(poll=1.0, on_partial="warn") for desk in desks))
+        desk.behave(outcome="partial" if desk is desks[0] else "succeed", duration=300, rejected=3)
+    waiting = [desk.begin(poll=1.0, on_partial="warn") for desk in desks]
+    for desk in desks:
+        await desk.until_started()
+    await until(lambda: all(desk.words == ["running"] for desk in desks))
+    for desk in desks:
+        desk.end_first()
+    ends = await asyncio.gather(*waiting)
     assert [end.state for end in ends] == [JobState.PARTIAL] + [JobState.SUCCEEDED] * 11
     assert {end.rows_rejected for end in ends} == {3}
     assert asked(sandbox, "/api/v1/jobs/get") <= 3
@@ -150,7 +156,7 @@ def test_partial_without_a_reason() -> None:
 
 async def test_no_attempts_just_after_the_start(config: Desk) -> None:
     """A job without any attempt yet is a job; `attempts[-1]` of an empty list is nobody's business."""
-    config.behave(duration=5)
+    config.behave(queued_seconds=60)
     _, _, status = await config.vendor.look_up(config.start_by_hand())
     assert (status.state, status.attempts) == (JobState.QUEUED, None)
 
@@ -158,7 +164,7 @@ async def test_no_attempts_just_after_the_start(config: Desk) -> None:
 async def test_the_public_api_borrows_the_reason(sandbox: Sandbox, caplog: pytest.LogCaptureFixture) -> None:
     """Over the public API of a self-managed server a failed attempt is told with the Config API's reason."""
     desk = Desk(sandbox, server(sandbox, "public"))
-    desk.behave(outcome="fail", attempts=2, reason="Disk full", origin="replication", duration=1.2)
+    desk.behave(outcome="fail", attempts=2, reason="Disk full", origin="replication", duration=6)
     why = "Disk full (replication, transient_error)"
     with caplog.at_level(logging.INFO, "elt.jobs"), pytest.raises(JobFailed, match=re.escape(why)) as caught:
         await desk.run()

@@ -184,19 +184,24 @@ async def test_the_status_of_a_request_is_not_that_of_the_run(
     box: Sandbox, credentials: CensusCredentials
 ) -> None:
     """The envelope says "success" about each poll of a run that fails late: the run's own word counts."""
-    box.census.set(SYNC, outcome="fail", duration=0.8)
+    box.census.set(SYNC, outcome="stuck")
+    waiting = asyncio.create_task(run(credentials))
+    await until(lambda: box.requests.count(vendor="census", path="/sync_runs/") > 3)
+    box.census.finish_run(int(run_ids(box)[0]), "failed")
     with pytest.raises(JobFailed):
-        await run(credentials)
-    polls = box.requests.count(vendor="census", path="/sync_runs/")
-    assert polls > 3
+        await waiting
 
 
 async def test_an_unknown_word(box: Sandbox, credentials: CensusCredentials, caplog: Any) -> None:
     """A word that is in no contract is said once and waited through; the deadline holds meanwhile."""
-    box.census.set(SYNC, outcome="unknown_word", word="hibernating", word_seconds=0.4)
-    assert (await run(credentials)).state is JobState.SUCCEEDED
+    box.census.set(SYNC, outcome="unknown_word", word="hibernating")
+    waiting = asyncio.create_task(run(credentials))
+    await until(lambda: "not in its contract: 'hibernating'" in caplog.text)
+    looks = box.requests.count(vendor="census", path="/sync_runs/")
+    await until(lambda: box.requests.count(vendor="census", path="/sync_runs/") > looks + 2)
+    box.census.finish_run(int(run_ids(box)[0]), "completed")
+    assert (await waiting).state is JobState.SUCCEEDED
     assert caplog.text.count("not in its contract: 'hibernating'") == 1
-    box.census.set(SYNC, word_seconds=None)
     with pytest.raises(JobTimeout, match="it was cancelled"):
         await run(credentials, timeout=0.8)
 
@@ -220,9 +225,12 @@ async def test_a_reply_that_never_comes(box: Sandbox, credentials: CensusCredent
 
 async def test_steps_are_told(box: Sandbox, credentials: CensusCredentials, caplog: Any) -> None:
     """While a run works, the log says at what step it is."""
+    box.census.set(SYNC, outcome="stuck")  # at that step
     with caplog.at_level(logging.INFO, "elt.jobs"):
-        await run(credentials)
-    assert "fleet: working: Loading data into destination service" in caplog.text
+        waiting = asyncio.create_task(run(credentials))
+        await until(lambda: "fleet: working: Loading data into destination service" in caplog.text)
+        box.census.finish_run(int(run_ids(box)[0]), "completed")
+        await waiting
 
 
 # -- starting
@@ -275,9 +283,12 @@ async def test_a_lost_trigger_and_a_run_by_hand(box: Sandbox, credentials: Censu
     assert result.rows == 100
 
 
-async def test_a_fresh_run_that_is_not_found(box: Sandbox, credentials: CensusCredentials) -> None:
+async def test_a_fresh_run_that_is_not_found(
+    box: Sandbox, credentials: CensusCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A 404 with a number for its status is waited through while the run is fresh."""
-    box.census.set(SYNC, visibility_delay=0.3)
+    monkeypatch.setattr(CensusVendor, "grace", 30.0)
+    box.census.set(SYNC, visibility_delay=1.5)
     result = await run(credentials)
     assert [result.job_id] == run_ids(box)
     assert any(request.status == 404 for request in box.requests.find(path="/sync_runs/"))
@@ -293,13 +304,14 @@ async def test_a_run_that_is_gone(box: Sandbox, credentials: CensusCredentials) 
 async def test_a_retry_attaches(box: Sandbox, credentials: CensusCredentials) -> None:
     """A retry after an outage attaches to the run of the first attempt."""
     journal = MemoryJournal()
-    box.census.set(SYNC, duration=1.5)
+    box.census.set(SYNC, outcome="stuck")
     first = asyncio.create_task(run(credentials, journal, outage=0.2))
     await until(lambda: box.requests.count(vendor="census", path="/sync_runs/") > 0)
     box.pause()
     with pytest.raises(VendorUnavailable, match="was not touched"):
         await first
     box.resume()
+    box.census.finish_run(int(run_ids(box)[0]), "completed")
     result = await run(credentials, journal)
     assert [result.job_id] == run_ids(box)
     assert triggers(box) == 1
@@ -502,11 +514,11 @@ def test_a_wrong_key_is_one_line(credentials: CensusCredentials, key: str, caplo
 @TASKS
 async def test_status_of_any_run(box: Sandbox, credentials: CensusCredentials) -> None:
     """The state of a run that somebody else started can be had at any time; it is not judged."""
-    box.census.set(SYNC, outcome="fail", duration=0.4)
+    box.census.set(SYNC, outcome="stuck")
     run_id = str(box.census.trigger(SYNC).run_id)
     now = await census_status(credentials, run_id)
     assert (now.state.terminal, now.job_id, now.name) == (False, run_id, "Fleet to Salesforce")
-    await until(lambda: words(box) == ["failed"])
+    box.census.finish_run(int(run_id), "failed")
     assert (await census_status(credentials, run_id)).state is JobState.FAILED
     with pytest.raises(NotFoundError):
         await census_status(credentials, "1")

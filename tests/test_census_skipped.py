@@ -106,21 +106,27 @@ async def test_skipped_again_and_again(box: Sandbox, credentials: CensusCredenti
     """Behind runs that never leave room, waiting ends with the timeout; theirs is not touched."""
     box.census.set(SYNC, outcome="stuck", duration=0.1)
     box.census.trigger(SYNC)
-    with pytest.raises(
-        JobTimeout, match=r"was running already and did not end in 0.7 s; ours was not started"
-    ):
-        await run(credentials, timeout=0.7)
+    with pytest.raises(JobTimeout, match=r"was running already and did not end in 3 s; ours was not started"):
+        await run(credentials, timeout=3)
     assert words(box) == ["working", "skipped"]
 
 
-async def test_a_lost_start_that_runs(box: Sandbox, credentials: CensusCredentials) -> None:
+async def test_a_lost_start_that_runs(
+    box: Sandbox, credentials: CensusCredentials, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A lost start that stays invisible is sent again and skipped: the one that runs is known as ours."""
-    box.census.set(SYNC, visibility_delay=0.7, duration=3)
+    monkeypatch.setattr(CensusVendor, "grace", 2.0)
+    box.census.set(SYNC, visibility_delay=600, outcome="stuck")
     box.faults.add(kind="drop_after", method="POST", path="/trigger$", times=1)
     journal = MemoryJournal()
     waiting = asyncio.create_task(run(credentials, journal))
     await until(lambda: len(run_ids(box)) == 1)
     box.census.set(SYNC, visibility_delay=0.0)
+    await until(lambda: len(run_ids(box)) == 2)
+    first, _ = box.census.runs_of(SYNC)
+    first.hidden_until = 0.0
+    await until(lambda: getattr(entry_of(journal).handle, "job_id", None) == str(first.run_id))
+    box.census.finish_run(first.run_id, "completed")
     result = await waiting
     assert words(box) == ["completed", "skipped"]
     assert result.job_id == run_ids(box)[0]

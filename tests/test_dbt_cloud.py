@@ -100,9 +100,14 @@ def test_status_codes_of_the_published_events(name: str) -> None:
 
 async def test_an_unknown_number(cloud: Desk, caplog: pytest.LogCaptureFixture) -> None:
     """A number that is in no contract is waited through, and said once."""
-    cloud.behave(outcome="unknown_word", word="7", word_seconds=0.3)
+    cloud.behave(outcome="unknown_word", word="7")
     with caplog.at_level(logging.WARNING, "elt.jobs"):
-        assert (await cloud.run()).state is JobState.SUCCEEDED
+        waiting = asyncio.create_task(cloud.run())
+        await until(lambda: "not in its contract" in caplog.text)
+        looks = cloud.gets(r"/runs/\d+/$")
+        await until(lambda: cloud.gets(r"/runs/\d+/$") > looks + 2)
+        cloud.box.dbt_cloud.finish_run(int(cloud.ids[0]), 10)
+        assert (await waiting).state is JobState.SUCCEEDED
     assert caplog.text.count("not in its contract") == 1
 
 
@@ -176,13 +181,14 @@ async def test_somebody_elses_run_is_not_ours(cloud: Desk) -> None:
 
 async def test_a_retry_attaches(cloud: Desk) -> None:
     """After an outage the next attempt attaches to the run of the first (airflow 51801)."""
-    cloud.behave(duration=1.5)
+    cloud.behave(outcome="stuck")
     first = asyncio.create_task(cloud.run(outage=0.2))
     await until(lambda: cloud.gets(r"/runs/\d+/$") > 0)
     cloud.box.pause()
     with pytest.raises(VendorUnavailable, match="was not touched"):
         await first
     cloud.box.resume()
+    cloud.box.dbt_cloud.finish_run(int(cloud.ids[0]), 10)
     result = await cloud.run()
     assert ([result.job_id], cloud.posts()) == (cloud.ids, 1)
 
@@ -221,9 +227,13 @@ async def test_ours_queues_behind_another(cloud: Desk) -> None:
 @pytest.mark.parametrize("on_active", ["adopt", "fail"])
 async def test_another_run_is_active(cloud: Desk, on_active: Any) -> None:
     """Where the policy says so, an active run is looked for first, and taken over or a failure."""
+    cloud.behave(outcome="stuck")
     other = cloud.box.dbt_cloud.trigger(cloud.job, "by hand")
     if on_active == "adopt":
-        assert (await cloud.run(on_active=on_active)).job_id == str(other.run_id)
+        waiting = asyncio.create_task(cloud.run(on_active=on_active))
+        await until(lambda: any(entry.handle for entry in cloud.journal.entries.values()))
+        cloud.box.dbt_cloud.finish_run(other.run_id, 10)
+        assert (await waiting).job_id == str(other.run_id)
     else:
         with pytest.raises(JobFailed, match="running already"):
             await cloud.run(on_active=on_active)
@@ -233,9 +243,10 @@ async def test_another_run_is_active(cloud: Desk, on_active: Any) -> None:
 # -- not visible yet
 
 
-async def test_404_right_after_the_trigger(cloud: Desk) -> None:
+async def test_404_right_after_the_trigger(cloud: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is answered with 404 at first is waited for (prefect-dbt 145)."""
-    cloud.behave(visibility_delay=0.4)
+    monkeypatch.setattr(DbtCloudVendor, "grace", 30.0)
+    cloud.behave(visibility_delay=1.5)
     assert (await cloud.run()).job_id in cloud.ids
     assert 404 in {entry.status for entry in cloud.box.requests.find(vendor="dbt_cloud", method="GET")}
 

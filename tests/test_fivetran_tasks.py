@@ -336,10 +336,12 @@ async def test_status(
 
 async def test_status_of_what_goes_on(sandbox: Sandbox, credentials: FivetranCredentials) -> None:
     """While a sync runs the state is RUNNING, and QUEUED while it is put off."""
-    sandbox.fivetran.set(WEATHER, outcome="reschedule", rescheduled_seconds=60, succeeded_at=LONG_AGO)
-    sandbox.fivetran.set(WEATHER, duration=1.0)
+    sandbox.fivetran.set(WEATHER, outcome="stuck", succeeded_at=LONG_AGO)
     sandbox.fivetran.run_schedule(WEATHER)
     assert (await fivetran_status(credentials, WEATHER)).state is JobState.RUNNING
+    sandbox.fivetran.finish_sync(WEATHER, "succeeded")
+    sandbox.fivetran.set(WEATHER, outcome="reschedule", rescheduled_seconds=600, duration=0.1)
+    sandbox.fivetran.run_schedule(WEATHER)
     await until(lambda: sandbox.fivetran.connection(WEATHER).sync_state() == "rescheduled")
     result = await fivetran_status(credentials, WEATHER)
     assert (result.state, "takes no more requests" in str(result.message)) == (JobState.QUEUED, True)

@@ -66,19 +66,26 @@ def credentials(box: Sandbox) -> HightouchCredentials:
 
 
 def sync(credentials: HightouchCredentials | str, sync_id: Any = SYNC, **policy: Any) -> HightouchSync:
-    settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
+    settings = JobPolicy(**{"poll": 0.05, "timeout": 90.0, **policy})
     return HightouchSync(credentials=credentials, sync_id=sync_id, policy=settings)
 
 
 async def run(credentials: HightouchCredentials, journal: MemoryJournal, **policy: Any) -> JobResult:
     """One attempt; attempts with one journal are retries of each other."""
-    settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
+    settings = JobPolicy(**{"poll": 0.05, "timeout": 90.0, **policy})
     request = HightouchRequest(str(SYNC), "sync", "crm", alone=settings.on_active != "queue")
     return await run_job(HightouchVendor(credentials), request, settings, journal=journal)
 
 
 def triggers(box: Sandbox) -> int:
     return box.requests.count(vendor="hightouch", method="POST")
+
+
+def end(box: Sandbox, sync_id: int = SYNC) -> None:
+    """Let the sync's latest run succeed now."""
+    timeline = box.hightouch.runs_of(sync_id)[-1].timeline
+    assert timeline
+    timeline.finish("success")
 
 
 def run_ids(box: Sandbox) -> list[str]:
@@ -225,13 +232,14 @@ async def test_a_lost_reply(box: Sandbox, credentials: HightouchCredentials) -> 
 async def test_a_retry_attaches(box: Sandbox, credentials: HightouchCredentials) -> None:
     """A retry after an outage attaches to the run of the first attempt."""
     journal = MemoryJournal()
-    box.hightouch.set(SYNC, duration=1.5)
+    box.hightouch.set(SYNC, outcome="stuck")
     first = asyncio.create_task(run(credentials, journal, outage=0.2))
-    await until(lambda: box.requests.count(vendor="hightouch", path="/runs") > 0)
+    await until(lambda: any(entry.handle for entry in journal.entries.values()))
     box.pause()
     with pytest.raises(VendorUnavailable, match="was not touched"):
         await first
     box.resume()
+    end(box)
     result = await run(credentials, journal)
     assert [result.job_id] == run_ids(box)
     assert triggers(box) == 1
@@ -680,9 +688,13 @@ async def test_adopting_a_run(
     for _ in range(5):
         box.hightouch.trigger(SYNC)
         await until(lambda: box.hightouch.runs_of(SYNC)[-1].at()[2])
-    box.hightouch.set(SYNC, duration=1.0)
+    box.hightouch.set(SYNC, outcome="stuck")
     last = box.hightouch.trigger(SYNC)
-    result = await run(credentials, MemoryJournal(), on_active="adopt")
+    journal = MemoryJournal()
+    waiting = asyncio.create_task(run(credentials, journal, on_active="adopt"))
+    await until(lambda: any(entry.handle for entry in journal.entries.values()))
+    end(box)
+    result = await waiting
     assert (result.state, result.job_id, triggers(box)) == (JobState.SUCCEEDED, str(last.run_id), 0)
 
 
@@ -724,11 +736,11 @@ async def test_check_of_many_reads_pages(box: Sandbox, credentials: HightouchCre
 @TASKS
 async def test_status_of_any_run(box: Sandbox, credentials: HightouchCredentials) -> None:
     """The state of a run that somebody else started can be had at any time; it is not judged."""
-    box.hightouch.set(SYNC, outcome="fail", duration=0.4)
+    box.hightouch.set(SYNC, outcome="stuck")
     run_id = str(box.hightouch.trigger(SYNC).run_id)
     now = await hightouch_status(credentials, str(SYNC), run_id)
     assert (now.state.terminal, now.job_id, now.owner) == (False, run_id, "flight-ops")
-    await until(lambda: box.hightouch.runs_of(SYNC)[0].status == "failed")
+    box.hightouch.finish_run(int(run_id), "failed")
     assert (await hightouch_status(credentials, str(SYNC), run_id)).state is JobState.FAILED
     with pytest.raises(NotFoundError, match="sync 101 has no run 1"):
         await hightouch_status(credentials, str(SYNC), "1")

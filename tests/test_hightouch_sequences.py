@@ -82,13 +82,20 @@ async def run(
 ) -> JobResult:
     """One attempt; attempts with one journal are retries of each other."""
     request = PlainRequest(SEQUENCE, "sync", "all", None)
-    settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
+    settings = JobPolicy(**{"poll": 0.05, "timeout": 90.0, **policy})
     vendor = HightouchSequenceVendor(credentials)
     return await run_job(vendor, request, settings, journal=journal or MemoryJournal())
 
 
 def runs(box: Sandbox) -> list[Run]:
     return box.hightouch.sequences.runs_of(SEQUENCE)
+
+
+def end(box: Sandbox, sync_id: int) -> None:
+    """Let the sync's latest run succeed now."""
+    timeline = box.hightouch.runs_of(sync_id)[-1].timeline
+    assert timeline
+    timeline.finish("success")
 
 
 def triggers(box: Sandbox) -> int:
@@ -217,17 +224,20 @@ async def test_cancelled_in_hightouch(box: Sandbox, credentials: HightouchCreden
 
 async def test_an_unknown_word(box: Sandbox, credentials: HightouchCredentials, caplog: Any) -> None:
     """A word that is in no contract is said and waited through."""
-    box.hightouch.sequences.set(SEQUENCE, outcome="unknown_word", word="resting", word_seconds=0.4)
+    box.hightouch.sequences.set(SEQUENCE, outcome="unknown_word", word="resting", word_seconds=5)
     assert (await run(credentials)).state is JobState.SUCCEEDED
     assert "not in its contract: 'resting" in caplog.text
 
 
 async def test_progress_is_told(box: Sandbox, credentials: HightouchCredentials, caplog: Any) -> None:
     """While a sequence runs, the log says how many of its syncs have ended."""
-    box.hightouch.set(BRAZE, duration=0.5)
+    box.hightouch.set(BRAZE, outcome="stuck")
     with caplog.at_level(logging.INFO, "elt.jobs"):
-        await run(credentials)
-    assert "all: running: 1 syncs have ended" in caplog.text
+        waiting = asyncio.create_task(run(credentials))
+        await until(lambda: "all: running: 1 syncs have ended" in caplog.text)
+        await until(lambda: bool(box.hightouch.runs_of(BRAZE)))
+        end(box, BRAZE)
+        await waiting
 
 
 async def test_a_fresh_run_that_is_not_found(box: Sandbox, credentials: HightouchCredentials) -> None:
@@ -350,13 +360,14 @@ async def test_a_start_that_was_not_sent(box: Sandbox, credentials: HightouchCre
 async def test_a_retry_attaches(box: Sandbox, credentials: HightouchCredentials) -> None:
     """A retry after an outage attaches to the run of the first attempt."""
     journal = MemoryJournal()
-    box.hightouch.set(CRM, duration=2.0)
+    box.hightouch.set(CRM, outcome="stuck")
     first = asyncio.create_task(run(credentials, journal, outage=0.2))
     await until(lambda: box.requests.count(vendor="hightouch", path="/sync-sequences/runs/") > 0)
     box.pause()
     with pytest.raises(VendorUnavailable, match="was not touched"):
         await first
     box.resume()
+    end(box, CRM)
     result = await run(credentials, journal)
     assert [result.job_id] == [one.run_id for one in runs(box)]
     assert triggers(box) == 1

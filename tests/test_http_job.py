@@ -92,7 +92,7 @@ class Desk:
         return self.box.faults.add(vendor=self.product, **fields)
 
     def parameters(self, **policy: Any) -> HttpJobRun:
-        settings = JobPolicy(**{"poll": 0.05, "timeout": 20.0, **policy})
+        settings = JobPolicy(**{"poll": 0.05, "timeout": 90.0, **policy})
         return HttpJobRun(job=self.job, arguments=self.arguments, policy=settings)
 
     async def run(self, **policy: Any) -> JobResult:
@@ -122,6 +122,10 @@ class Desk:
 
     async def until_watched(self) -> None:
         await until(lambda: bool(self.journal.entries) and self.entry.handle is not None)
+
+    def end_first(self) -> None:
+        """Let the oldest refresh succeed now."""
+        self.box.dashboards.refreshes_of(self.board)[0].timeline.finish("succeeded")
 
     @property
     def entry(self) -> Any:
@@ -186,9 +190,11 @@ async def test_ends(desk: Desk, outcome: str, state: JobState, error: type[Excep
 
 async def test_an_unknown_word(power_bi: Desk, caplog: pytest.LogCaptureFixture) -> None:
     """A word that is in no list is waited through, and said."""
-    power_bi.behave(outcome="unknown_word", word="Pondering", word_seconds=0.3)
-    assert (await power_bi.run()).state is JobState.SUCCEEDED
-    assert "'Pondering'" in caplog.text
+    power_bi.behave(outcome="unknown_word", word="Pondering")
+    waiting = asyncio.create_task(power_bi.run())
+    await until(lambda: "'Pondering'" in caplog.text)
+    power_bi.end_first()
+    assert (await waiting).state is JobState.SUCCEEDED
 
 
 async def test_a_finish_code_before_the_end(tableau: Desk, caplog: pytest.LogCaptureFixture) -> None:
@@ -201,9 +207,12 @@ async def test_a_finish_code_before_the_end(tableau: Desk, caplog: pytest.LogCap
 
 async def test_not_visible_yet(power_bi: Desk) -> None:
     """A refresh that is in no reply for a while is waited for; one that Power BI dropped is an error."""
-    power_bi.behave(visibility_delay=0.3)
+    grace = power_bi.job.grace
+    power_bi.change(grace=30)
+    power_bi.behave(visibility_delay=1.5)
     assert (await power_bi.run()).state is JobState.SUCCEEDED
-    power_bi.behave(visibility_delay=60)
+    power_bi.change(grace=grace)
+    power_bi.behave(visibility_delay=600)
     power_bi.journal = MemoryJournal()
     with pytest.raises(VendorError, match=r"PowerBIEntityNotFound|not in its replies"):
         await power_bi.run(outage=0.5)
@@ -255,13 +264,14 @@ async def test_a_reply_without_an_id(power_bi: Desk) -> None:
 
 async def test_a_retry_attaches(desk: Desk) -> None:
     """A retry after an outage attaches to the job of the first attempt."""
-    desk.behave(duration=1.5)
+    desk.behave(outcome="stuck")
     first = asyncio.create_task(desk.run(outage=0.2))
     await desk.until_watched()
     desk.box.pause()
     with pytest.raises(VendorUnavailable, match="was not touched"):
         await first
     desk.box.resume()
+    desk.end_first()
     assert [(await desk.run()).job_id] == desk.refreshes
     assert desk.starts == 1
 
@@ -308,14 +318,17 @@ async def test_ours_comes_after_theirs(desk: Desk, conflict: Any) -> None:
 @pytest.mark.parametrize("on_active", ["adopt", "skip", "fail"])
 async def test_other_ways_with_theirs(desk: Desk, on_active: str) -> None:
     """A refresh that runs already is taken over, left alone, or a failure, as the policy says."""
-    desk.behave(duration=0.6)
+    desk.behave(outcome="stuck")
     theirs = desk.box.dashboards.refresh(desk.board)
-    await asyncio.sleep(0.05)
     if on_active == "fail":
         with pytest.raises(JobFailed, match="running already"):
             await desk.run(on_active=on_active)
     else:
-        result = await desk.run(on_active=on_active)
+        waiting = asyncio.create_task(desk.run(on_active=on_active))
+        if on_active == "adopt":
+            await desk.until_watched()
+            desk.end_first()
+        result = await waiting
         assert result.state is (JobState.SUCCEEDED if on_active == "adopt" else JobState.SKIPPED)
         assert result.job_id == theirs.refresh_id
     assert desk.refreshes == [theirs.refresh_id]

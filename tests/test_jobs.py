@@ -430,9 +430,9 @@ async def test_rows_that_the_vendor_does_not_tell(desk: Desk) -> None:
 
 async def test_queue_behind_a_running_job(desk: Desk) -> None:
     """By default a running job is waited for and ours started after it: its data may be too old."""
-    desk.behave(duration=0.5)
+    desk.behave(duration=3)
     other = desk.start_by_hand()
-    result = await desk.run(timeout=0.9)
+    result = await desk.run(timeout=5)
     assert desk.jobs == [other, result.job_id], "and the time behind the other one is not ours"
 
 
@@ -457,24 +457,31 @@ async def test_running_already_with_no_job_to_be_seen(desk: Desk) -> None:
 
 async def test_adopt(desk: Desk) -> None:
     """Told to adopt, the running job is taken as ours: no start, its end is our end."""
-    desk.behave(duration=0.5)
+    desk.behave(outcome="stuck")
     other = desk.start_by_hand()
-    result = await desk.run(on_active="adopt")
+    waiting = desk.begin(on_active="adopt")
+    await desk.until_started()
+    desk.end_first()
+    result = await waiting
     assert desk.jobs == [other] == [result.job_id]
 
 
 async def test_a_clear_is_never_adopted(desk: Desk) -> None:
     """A clear that is running is no sync: it is waited for, whatever the policy says."""
-    desk.behave(duration=0.5)
+    desk.behave(outcome="stuck")
     other = desk.start_by_hand("clear")
-    result = await desk.run(on_active="adopt")
+    desk.behave(outcome="succeed")
+    waiting = desk.begin(on_active="adopt")
+    await until(lambda: desk.posts > 0)
+    desk.end_first()
+    result = await waiting
     assert desk.jobs == [other, result.job_id]
     assert result.rows == 1000
 
 
 async def test_skip(desk: Desk) -> None:
     """Told to skip, nothing is started and the result says so; it is no success."""
-    desk.behave(duration=0.5)
+    desk.behave(outcome="stuck")
     other = desk.start_by_hand()
     result = await desk.run(on_active="skip")
     assert (result.state, result.good) == (JobState.SKIPPED, False)
@@ -484,7 +491,7 @@ async def test_skip(desk: Desk) -> None:
 
 async def test_fail(desk: Desk) -> None:
     """Told to fail, nothing is started and the error names the running job."""
-    desk.behave(duration=0.5)
+    desk.behave(outcome="stuck")
     other = desk.start_by_hand()
     with pytest.raises(JobFailed, match=f"job {other} is running already, and the policy says fail"):
         await desk.run(on_active="fail")
