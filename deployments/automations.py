@@ -106,7 +106,10 @@ def tag_of(here: Environment | None) -> str:
 
 
 async def resolve(
-    client: PrefectClient, entries: Iterable[Entry], here: Environment | None = None
+    client: PrefectClient,
+    entries: Iterable[Entry],
+    here: Environment | None = None,
+    notes: list[str] | None = None,
 ) -> list[AutomationCore]:
     """The automations as this server takes them, with its ids of deployments and blocks.
 
@@ -114,6 +117,7 @@ async def resolve(
         client: Prefect's client.
         entries: The automations, by the names of the environment.
         here: The environment, whose prefix the deployments have.
+        notes: What an operator should know is put here: which block stands in for one that is not saved.
 
     Raises:
         AutomationsError: A deployment or a block is not there, or an entry is no automation.
@@ -134,6 +138,8 @@ async def resolve(
                 problems.append(f"{entry.name}: {error}")
     if names.missing or problems:
         raise AutomationsError("\n".join([*dict.fromkeys(names.missing), *problems]))
+    if notes is not None:
+        notes += dict.fromkeys(names.standing_in)
     return found
 
 
@@ -142,8 +148,9 @@ class _Names:
 
     def __init__(self, client: PrefectClient, here: Environment | None) -> None:
         self._client, self._here = client, here
-        self._known: dict[tuple[str, str], str] = {}
+        self._known: dict[tuple[str, str], str | None] = {}
         self.missing: list[str] = []
+        self.standing_in: list[str] = []
 
     async def resolved(self, action: dict[str, Any]) -> dict[str, Any]:
         action = dict(action)
@@ -152,22 +159,39 @@ class _Names:
                 action[id_key] = await self._id(key, action.pop(key))
         return action
 
-    async def _id(self, key: str, name: str) -> str | None:
+    async def _id(self, key: str, name: str | list[str]) -> str | None:
+        """The id; of several names that of the first that is there."""
+        names = [self._here_called(key, one) for one in ([name] if isinstance(name, str) else name)]
+        for one in names:
+            if found := await self._known_id(key, one):
+                if one != names[0]:
+                    self.standing_in.append(
+                        f"There is no {key} {names[0]} on this server, and {one} stands in for it: save it, "
+                        "so that what can't be told one way is told another."
+                    )
+                return found
+        how = {
+            "deployment": "deploy it first: `make deploy`",
+            "block": "save it, or name another one in deployments/automations.yaml",
+        }
+        self.missing.append(f"There is no {key} {names[-1]} on this server: {how[key]}.")
+        return None
+
+    def _here_called(self, key: str, name: str) -> str:
         if self._here and key == "deployment":
-            name = self._here.deployment_name(name)
+            return self._here.deployment_name(name)
         if self._here and key == "block":
             kind, _, block = name.partition("/")
-            name = f"{kind}/{self._here.blocks.get(name) or self._here.blocks.get(block) or block}"
+            return f"{kind}/{self._here.blocks.get(name) or self._here.blocks.get(block) or block}"
+        return name
+
+    async def _known_id(self, key: str, name: str) -> str | None:
         if (key, name) not in self._known:
             try:
                 self._known[key, name] = str(await self._read(key, name))
             except ObjectNotFound:
-                how = {
-                    "deployment": "deploy it first: `make deploy`",
-                    "block": "save it, or name another one in deployments/automations.yaml",
-                }
-                self.missing.append(f"There is no {key} {name} on this server: {how[key]}.")
-        return self._known.get((key, name))
+                self._known[key, name] = None
+        return self._known[key, name]
 
     async def _read(self, key: str, name: str) -> UUID:
         if key == "deployment":
@@ -201,7 +225,9 @@ async def apply(client: PrefectClient, todo: Plan) -> None:
     for automation in todo.create:
         await client.create_automation(automation)
     for automation_id, automation in todo.update.items():
-        await client.update_automation(automation_id, automation)
+        # Prefect's client leaves out what was not set, and its server then misses the posture.
+        whole = AutomationCore.model_validate(automation.model_dump(exclude={"owner_resource"}))
+        await client.update_automation(automation_id, whole)
 
 
 async def remove(client: PrefectClient, automations: Iterable[Automation]) -> None:
@@ -251,10 +277,13 @@ async def main(arguments: Sequence[str] | None = None) -> int:
             entries = read_entries(asked.file)
             if here.name != environments.default:
                 entries = of_environment(entries, here)
-            todo = await plan(client, await resolve(client, entries, here), here)
+            notes: list[str] = []
+            todo = await plan(client, await resolve(client, entries, here, notes), here)
         except (AutomationsError, DeployError) as error:
             sys.stderr.write(f"{error}\n")
             return 1
+        for note in notes:
+            _print(note)
         _say(todo)
         if asked.check:
             return 1 if todo.create or todo.update or todo.remove else 0

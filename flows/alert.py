@@ -14,6 +14,7 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.logging import get_run_logger
+from prefect.states import Failed
 from pydantic import Field
 
 from flows.alerts import how, people_of, tell_of_run, tell_run_is_well
@@ -23,7 +24,7 @@ from tasks.incidents import STUCK
 
 _CLOCKS = timedelta(minutes=1)  # by which that of the server, who counts as well, may differ
 
-Told = Literal["told", "not delivered", "nothing to tell"]
+Told = Literal["told", "nothing to tell"]
 
 
 @flow(name="alert", flow_run_name="alert {flow_run_id}")
@@ -45,7 +46,8 @@ async def alert(
             Without it none is: one that failed a moment ago may be at it again, rescued or retried.
 
     Returns:
-        Whether there was something to tell, and whether it was delivered.
+        Whether there was something to tell. The run is Failed as `Undelivered` if not all of it was
+        delivered, or nobody is named to whom.
     """
     log = get_run_logger()
     async with get_client() as client:
@@ -73,4 +75,8 @@ async def alert(
         delivered = await tell_of_run(run, how(state), state.message or "", log, otherwise=notify)
     else:
         return "nothing to tell"
-    return "told" if delivered else "not delivered"
+    if delivered:
+        return "told"
+    somebody = notify or people_of(run)
+    why = "Not all could be told; the log says why." if somebody else "Nobody is named who is to be told."
+    return Failed(name="Undelivered", message=why)  # type: ignore[return-value]  # Prefect takes it for a result

@@ -17,6 +17,7 @@ from prefect import task
 from prefect.blocks.core import Block
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
+from prefect.events import emit_event
 from prefect.logging import get_run_logger
 from prefect.runtime import task_run
 from prefect.states import Completed
@@ -32,6 +33,10 @@ from tasks.memory import Memory, variable_memory
 PATIENCE = 20.0
 """Seconds for which a run waits for all that it has to tell, one way of telling beside the other."""
 
+UNDELIVERED = "elt.alert.undelivered"
+"""Event of an alert that did not reach whom it was for."""
+
+_NAMED = 10  # alarms in that event
 _TO_REMEMBER = 4.0  # of them, seconds for reading what is open, and as many for writing it down
 
 
@@ -133,7 +138,7 @@ async def tell(notify: NotifyParameters, bulletin: Bulletin) -> State[Any]:
 
 
 async def announce(notify: NotifyParameters, bulletin: Bulletin, log: Log) -> bool:
-    """`tell` without a task run, for hooks.
+    """`tell` without a task run, for hooks. What can't be told is an event, by which the server tells of it.
 
     Returns:
         Whether all was told that was to be.
@@ -141,14 +146,38 @@ async def announce(notify: NotifyParameters, bulletin: Bulletin, log: Log) -> bo
     if notify.pipeline:
         bulletin = bulletin.under(notify.pipeline)
     notifier = notify.notifier()
+    told = await _announced(notifier, notify.several, bulletin, log)
+    if not told:
+        _emit_undelivered(notifier, bulletin)
+    return told
+
+
+async def _announced(notifier: Notifier, several: int, bulletin: Bulletin, log: Log) -> bool:
     try:
         async with asyncio.timeout(PATIENCE), AsyncExitStack() as stack:
-            return await _Round(notifier, bulletin, log, notify.several).run(stack)
+            return await _Round(notifier, bulletin, log, several).run(stack)
     except TimeoutError:
         log.warning("%s: not all was told within %.0f s, and the run goes on", notifier.title, PATIENCE)
     except Exception as error:  # noqa: BLE001 - whatever it is, it must not fail the run; it may hold a URL
         log.warning("%s was not told: %s", notifier.title, _words(error))
     return False
+
+
+def _emit_undelivered(notifier: Notifier, bulletin: Bulletin) -> None:
+    emit_event(
+        UNDELIVERED,
+        resource={
+            "prefect.resource.id": f"elt.alerts.{notifier.route}",
+            "prefect.resource.name": notifier.route,
+        },
+        payload={
+            "pipeline": bulletin.pipeline,
+            "run": bulletin.run,
+            "run_id": bulletin.run_id,
+            "run_url": bulletin.run_url,
+            "alarms": [f"{alarm.title} {alarm.what}" for alarm in bulletin.alarms[:_NAMED]],
+        },
+    )
 
 
 class _Round:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from datetime import UTC, datetime
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 from prefect import flow
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 
 from flows.alert import alert
 from flows.recover import recover
 from sandbox import Sandbox
+from tasks.alerts import UNDELIVERED
 from tasks.environment import PREFIX_VARIABLE
 from tasks.jobs import Entry, JobHandle
 from tasks.jobs.journal import ARTIFACT_KEY, _page_text
@@ -133,6 +135,26 @@ async def test_whose_people_can_not_be_read(team: Deployment, box: Sandbox) -> N
     assert await team.tell(run) == "told"
     (message,) = box.slack.sent_to("weather-desk")
     assert "*the run* failed: Validation failed" in message.text
+
+
+async def test_what_is_not_delivered_is_no_success(team: Deployment, client: PrefectClient) -> None:
+    """The run that was to tell has failed, and what was not told is an event for the server to tell of."""
+    run = await team.run(Running(), Failed(message="Gone"))
+    nowhere = f"gone-{uuid4().hex[:8]}"
+    state: State[Any] = await alert(run.id, notify=[{"tool": "slack", "webhook": nowhere}], return_state=True)
+    assert (state.type, state.name) == (StateType.FAILED, "Undelivered")
+    nobody: State[Any] = await alert(run.id, return_state=True)
+    assert (nobody.name, nobody.message) == ("Undelivered", "Nobody is named who is to be told.")
+    wanted = {"event": {"name": [UNDELIVERED]}, "resource": {"id": [f"elt.alerts.slack/{nowhere}"]}}
+    events: list[Any] = []
+    async with asyncio.timeout(60):
+        while not events:
+            await asyncio.sleep(0.2)
+            response = await client.request("POST", "/events/filter", json={"filter": wanted})
+            events = response.json()["events"]
+    (event,) = events
+    assert event["payload"]["alarms"] == ["the run failed"]
+    assert event["payload"]["run_id"] == str(run.id)
 
 
 async def test_another_environments_runs_are_its_own_business(

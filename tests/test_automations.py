@@ -84,7 +84,7 @@ async def test_twice(client: PrefectClient, file: Path, capsys: pytest.CaptureFi
     assert len(first) == len(read_entries(file))
     capsys.readouterr()
     assert await make(file) == 0
-    assert capsys.readouterr().out == "Nothing to do.\n"
+    assert capsys.readouterr().out.endswith("\nNothing to do.\n")
     assert await make(file, "--check") == 0
     assert {automation.id: automation for automation in await _there(client)} == first
 
@@ -150,6 +150,36 @@ async def test_what_is_not_deployed(
     assert "There is no block slack-incoming-webhook/nowhere on this server: save it" in said
     assert len(said.splitlines()) == 2
     assert await _there(client) == []
+
+
+async def test_another_way_of_telling(
+    client: PrefectClient, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was not delivered is told by the first block that is saved; that one stands in is said."""
+    await make(file)
+    said = capsys.readouterr().out
+    assert said.count("There is no block slack-incoming-webhook/fallback-alerts on this server, and ") == 1
+    assert "slack-incoming-webhook/data-alerts stands in for it" in said
+    fallback = await SlackWebhook(url="https://hooks.slack.com/services/T/B/y").save("fallback-alerts")  # type: ignore[misc]
+    try:
+        await make(file)
+        said = capsys.readouterr().out
+        assert "stands in" not in said
+        assert "changed: elt: tell of alerts that were not delivered" in said
+        ways = {
+            automation.name: action.block_document_id
+            for automation in await _there(client)
+            for action in automation.actions
+            if action.type == "send-notification"
+        }
+        another = {name for name, block in ways.items() if block == fallback}
+        assert another == {
+            "elt: tell of alerts that were not delivered",
+            "elt: tell of alerts that failed",
+            "elt: tell of automations that failed",
+        }
+    finally:
+        await SlackWebhook.adelete("fallback-alerts")
 
 
 async def test_another_environment(
