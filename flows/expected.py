@@ -1,8 +1,7 @@
 """Look whether connections are as fresh as they are expected to be by now, and tell their owners if not.
 
 For "orders not fresh by 07:00": a deployment scheduled at 07:00. A proactive trigger of Prefect's would not
-do: it knows spans and not times of day, and fires again after every span in which nothing has come. Its
-blocks are those of its `notify`.
+do alone: it knows spans and not times of day, and begins with a load. Its blocks are those of its `notify`.
 """
 
 # No `from __future__ import annotations` here: see flows/elt.py.

@@ -22,14 +22,16 @@ from prefect_slack import SlackWebhook
 
 from deployments.automations import apply, plan, read_entries, remove, resolve
 from flows.alert import alert
+from flows.expected import ExpectedConnection, expect_fresh
 from flows.recover import recover
 from sandbox import Sandbox
 from tasks.alerts import announce
 from tasks.events import EltEvent, hand_over
+from tasks.fresh import FRESH
 from tasks.incidents import Alarm, Bulletin
 from tasks.rescue import HEARTBEAT
 from tasks.slack import SlackNotify
-from tests.deployed import saved_blocks
+from tests.deployed import saved_blocks, specs
 from tests.events_fixtures import Target
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
@@ -216,6 +218,50 @@ async def test_which_runs_are_started(client: PrefectClient) -> None:
             await client.set_flow_run_state(noisy, Scheduled(name="AwaitingRetry"), force=True)
             await asyncio.sleep(1)
     assert await started(well, *good) == expected
+
+
+async def test_a_load_that_does_not_come(client: PrefectClient) -> None:
+    """As shipped, but for its patience: one look for the connection that no load comes of any more."""
+    spec = specs()["flights-by-07"]
+    (shipped,) = spec["triggers"]
+    deployment = await client.create_deployment(
+        await client.create_flow(expect_fresh), name=f"by-07-{uuid4().hex[:8]}"
+    )
+    keys = ("posture", "match", "for_each", "after", "expect")
+    trigger = EventTrigger(**{key: shipped[key] for key in keys}, within=timedelta(seconds=_WITHIN))
+    action = RunDeployment(
+        source="selected", deployment_id=deployment, parameters={**shipped["parameters"], "connections": []}
+    )
+    automation = await client.create_automation(
+        AutomationCore(name=uuid4().hex, trigger=trigger, actions=[action])
+    )
+    flights, weather = shipped["match"]["prefect.resource.id"]
+    assert {flights, weather} == {
+        ExpectedConnection.model_validate(one).resource for one in spec["parameters"]["connections"]
+    }
+    of_it = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
+    began = datetime.now(UTC)
+    looks: list[FlowRun] = []
+    seen: datetime | None = None
+    async with asyncio.timeout(120):
+        # Some more than it waits for, in which it might fire again.
+        while seen is None or datetime.now(UTC) - seen < timedelta(seconds=_WITHIN + 6):
+            coming = [weather]
+            if datetime.now(UTC) - began < timedelta(seconds=6):
+                coming.append(flights)  # more than once: the server may not have known the automation yet
+            for resource in coming:
+                event = {
+                    "id": str(uuid4()),
+                    "occurred": datetime.now(UTC).isoformat(),
+                    "event": FRESH,
+                    "resource": {"prefect.resource.id": resource},
+                }
+                await client.request("POST", "/events", json=[event])
+            await asyncio.sleep(1)
+            looks = await client.read_flow_runs(flow_run_filter=of_it)
+            seen = seen or (datetime.now(UTC) if looks else None)
+    await client.delete_automation(automation)
+    assert [look.parameters["hours"] for look in looks] == [shipped["within"] / 3600]
 
 
 async def _late(client: PrefectClient, name: str) -> None:
