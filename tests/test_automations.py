@@ -312,7 +312,7 @@ def _endings(module: ast.Module) -> set[str]:
                 found += names or [ast.Constant(kind)]
             case ast.Call(func=ast.Name(id=("_ended" | "_failed")) | ast.Attribute(attr="ended")):
                 found += node.args
-            case ast.Assign(targets=[ast.Name(id="name" | "ending")]):
+            case ast.Assign(targets=[ast.Name(id="name" | "ending" | "_AS_LOOKED")]):
                 found.append(node.value)
     constants = [inner.value for node in found for inner in ast.walk(node) if isinstance(inner, ast.Constant)]
     return {value for value in constants if isinstance(value, str) and _CAMEL.fullmatch(value)}
