@@ -32,6 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 from flows.parameters import Activation, Sync
 from tasks.dbt.lineage import Lineage, LineageNode
 from tasks.dbt.model import DbtCore
+from tasks.dbt.packages import missing_packages
 from tasks.jobs import Parameters
 from tasks.tools import TOOLS
 
@@ -64,6 +65,8 @@ class DbtProject:
 
     def parse(self) -> str:
         """Parse it; what is wrong is in dbt's own words."""
+        if missing_packages(DbtCore(project_dir=self.folder))[1]:
+            self._dbt("deps")
         result = self._dbt("parse")
         self.manifest = result
         self.lineage = Lineage.from_manifest(json.loads((self.target / "manifest.json").read_text()))
@@ -119,7 +122,8 @@ class DbtProject:
     def _dbt(self, *command: str) -> Any:
         profiles = DbtCore(project_dir=self.folder).find_profiles_dir()
         folders = ["--project-dir", str(self.folder), "--profiles-dir", str(profiles)]
-        folders += ["--target-path", str(self.target), "--log-path", str(self.target)]
+        folders += ["--log-path", str(self.target)]
+        folders += ["--target-path", str(self.target)] if command != ("deps",) else []
         # dbt names what it does on stdout; only what we make of it is of interest.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
             done = dbtRunner(manifest=self.manifest).invoke([*command, "--quiet", *folders])

@@ -41,6 +41,7 @@ from tasks.dbt.model import (
     DbtTimeout,
     one_line,
 )
+from tasks.dbt.packages import install_packages
 from tasks.dbt.process import DbtProcess, surroundings
 from tasks.environment import prefix_here
 
@@ -122,6 +123,7 @@ async def dbt_build(
     """
     logger = get_run_logger()
     project = await asyncio.to_thread(look_at, dbt)
+    await install_packages(dbt)
     if said := dbt.options_in_environment:
         message = "dbt takes options from the environment: %s. They change what is built, or how."
         logger.warning(message, ", ".join(said))
@@ -218,6 +220,7 @@ async def dbt_freshness(dbt: DbtCore, may_have_none: bool = False) -> Freshness:
         DbtError: dbt could not run at all, or no source has a threshold and that is not fine.
     """
     await asyncio.to_thread(look_at, dbt)
+    await install_packages(dbt)
     check = FreshnessCheck(dbt.without_full_refresh, [])
     result = await check.run()
     if not result.sources:
@@ -252,6 +255,7 @@ async def check_dbt(dbt: DbtCore, *, lock_wait: float = 3.0) -> DbtPlan:
             error, a DuckDB file that another process holds.
     """
     project = await asyncio.to_thread(look_at, dbt)
+    await install_packages(dbt)
     found: dict[str, Any] = {}
     manifest: str | None = None
     async with surroundings(dbt) as (profiles_dir, env):

@@ -42,7 +42,7 @@ def test_the_stage_passes() -> None:
 def test_every_mistake_is_named(tmp_path: Path) -> None:
     """One mistake does not hide the next: each check says its own.
 
-    The profiles may lie in another folder, where dbt is told to look for them.
+    The profiles may lie in another folder, where dbt is told to look for them. Packages are installed.
     """
     project = tmp_path / "dbt"
     shutil.copytree(ROOT / "sandbox" / "dbt", project, ignore=shutil.ignore_patterns("target", "logs"))
@@ -60,12 +60,16 @@ def test_every_mistake_is_named(tmp_path: Path) -> None:
     exposures = project / "models" / "exposures.yml"
     of_scorecard = r"depends_on:\s+- ref\('mart_carrier_scorecard'\)"
     exposures.write_text(re.sub(of_scorecard, "depends_on: []", exposures.read_text()))
+    (tmp_path / "paints").mkdir()
+    (tmp_path / "paints" / "dbt_project.yml").write_text("{name: paints, version: '1.0'}")
+    (project / "packages.yml").write_text("packages: [{local: ../paints}]")
     profiles = tmp_path / "profiles" / "profiles.yml"
     profiles.parent.mkdir()
     (project / "profiles.yml").rename(profiles)
     done = check(project, DBT_PROFILES_DIR=str(profiles.parent))
     assert done.returncode == 1
     lines = done.stdout.splitlines()
+    assert lines[0].startswith("✓ parse: ")
     assert "✗ exposures: exposure crm_carrier_scorecard depends on nothing that is enabled" in lines
     assert any(line.startswith("✗ standards: ") for line in lines)
     assert (

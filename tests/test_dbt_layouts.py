@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import fcntl
 import os
 import shutil
 from collections.abc import Callable
@@ -13,10 +15,12 @@ import pytest
 from prefect.client.schemas.objects import State, StateType
 
 from flows import build_project, full_refresh, smoke_test, source_freshness
-from tasks.dbt.folders import led_out, target_of
-from tasks.dbt_core import DbtBuildFailed, DbtCore, DbtInputError, DbtResult, DbtState, check_dbt
-from tests.dbt_project import Project
+from tasks.dbt.folders import led_out, outside, target_of
+from tasks.dbt_core import DbtBuildFailed, DbtCore, DbtError, DbtInputError, DbtResult, DbtState, check_dbt
+from tests.dbt_project import Project, dbt_starts
 from tests.flows_fixtures import task_runs
+
+__all__ = ["dbt_starts"]
 
 pytestmark = [
     pytest.mark.usefixtures("warm_dbt"),
@@ -173,7 +177,7 @@ class TestRefused:
         [
             (
                 lambda p: p.write("packages.yml", "packages: [{local: ../paints}]"),
-                {},
+                {"install_packages": False},
                 r'1 package\(s\) specified in packages\.yml, but only 0 .* Run "dbt deps" to install',
             ),
             (lambda p: p.set(profile="{{ var('must') }}"), {}, "Required var 'must' not found in config"),
@@ -207,6 +211,81 @@ class TestRefused:
         dbt = dbt.model_copy(update={"env": {**plain.core().env, **dbt.env}})
         with pytest.raises(DbtInputError, match=sentence):
             await check_dbt(dbt)
+
+
+class TestPackages:
+    @pytest.fixture
+    def paints(self, plain: Project) -> Path:
+        """A package that the project declares, and that is not installed."""
+        folder = plain.folder.parent / "paints"
+        (folder / "models").mkdir(parents=True)
+        (folder / "dbt_project.yml").write_text("{name: paints, version: '1.0'}")
+        (folder / "models/mixed.sql").write_text("select 3 as id")
+        plain.write("packages.yml", "packages: [{local: ../paints}]")
+        plain.model("b", "select * from {{ ref('mixed') }}")
+        return folder
+
+    @pytest.mark.usefixtures("paints")
+    def test_they_are_installed_once(
+        self, plain: Project, dbt_starts: list[Any], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """On a fresh checkout by the first dbt that needs them, and the run's log has what was installed."""
+        for expected in (["deps", "run"], ["run"]):
+            dbt_starts.clear()
+            state = build_project(dbt=plain.core(), retries=0, return_state=True)
+            assert results(state) == dict.fromkeys(("a", "b", "mixed"), "success")
+            assert [request["mode"] for request in dbt_starts] == expected
+        assert [each.message for each in caplog.records if "Installing" in each.message] == [
+            "Installing ../paints"
+        ]
+
+    @pytest.mark.no_server
+    @pytest.mark.usefixtures("paints")
+    async def test_two_at_the_same_time_install_them_once(
+        self, plain: Project, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The second waits for the first, and leaves alone what it finds then."""
+        both = [check_dbt(plain.core(target_path=Path("target", name))) for name in "ab"]
+        with caplog.at_level("INFO", "prefect.dbt"):
+            await asyncio.gather(*both)
+        assert [each.message for each in caplog.records].count("Installing ../paints") == 1
+
+    @pytest.mark.no_server
+    async def test_what_can_not_be_installed(self, plain: Project, paints: Path) -> None:
+        """Is told in one sentence, and not tried again: it is not there."""
+        shutil.rmtree(paints)
+        sentence = r"The packages of \S+/shop could not be installed: dbt deps could not run: .*paints"
+        with pytest.raises(DbtInputError, match=sentence):
+            await check_dbt(plain.core())
+
+    @pytest.mark.no_server
+    @pytest.mark.usefixtures("paints")
+    async def test_a_network_that_is_away_is_tried_again(
+        self, plain: Project, dbt_starts: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Three times; what it comes to then is an error that a retry of the run may mend."""
+        monkeypatch.setattr("tasks.dbt.packages._PAUSE", 0.0)
+        plain.write("packages.yml", "packages: [{package: dbt-labs/dbt_utils, version: 1.0.0}]")
+        env = {**plain.core().env, "DBT_PACKAGE_HUB_URL": "http://127.0.0.1:1/"}
+        with pytest.raises(DbtError, match=r"could not be installed: .* Connection refused") as caught:
+            await check_dbt(plain.core(env=env))
+        assert not isinstance(caught.value, DbtInputError)
+        assert [request["mode"] for request in dbt_starts] == ["deps"] * 3
+
+    @pytest.mark.no_server
+    @pytest.mark.usefixtures("paints")
+    async def test_an_installation_ends_in_time(
+        self, plain: Project, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One that hangs is stopped, and the sentence says after how long."""
+        monkeypatch.setattr("tasks.dbt.packages.LIMIT", 0.5)
+        lock = outside(plain.core()) / "packages.lock"
+        lock.parent.mkdir(parents=True)
+        with lock.open("w") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(DbtError, match=r"could not be installed within 0\.5 s"):
+                await check_dbt(plain.core())
+        assert not (plain.folder / "dbt_packages").exists()
 
 
 class TestSurroundings:
@@ -274,6 +353,14 @@ class TestReadOnly:
         compiled = {node.name: node.compiled_path for node in told(state).result.nodes}["b"]
         assert compiled == str(target_of(sealed.core()) / "compiled/shop/models/b.sql")
         assert Path(os.environ["PREFECT_HOME"], "dbt") in target_of(sealed.core()).parents
+
+    @pytest.mark.no_server
+    async def test_no_packages_are_installed_in_it(self, sealed: Project, dbt_starts: list[Any]) -> None:
+        """dbt says what is missing."""
+        sealed.write("packages.yml", "packages: [{local: ../paints}]")
+        with pytest.raises(DbtInputError, match=r'Run "dbt deps" to install'):
+            await check_dbt(sealed.core())
+        assert [request["mode"] for request in dbt_starts] == ["plan"]
 
     @pytest.mark.no_server
     def test_what_is_said_about_folders_holds(self, sealed: Project, tmp_path: Path) -> None:

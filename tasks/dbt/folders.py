@@ -22,24 +22,25 @@ _FOLDERS = {"DBT_TARGET_PATH": ("target-path", "target"), "DBT_LOG_PATH": ("log-
 
 def led_out(dbt: DbtCore) -> dict[str, str]:
     """The variables that lead dbt out of a project that it can't write into; none where it can."""
-    settings = _settings(dbt)
+    settings = settings_of(dbt)
     found: dict[str, str] = {}
     for variable, (key, usual) in _FOLDERS.items():
         if dbt.variable(variable) or (variable == "DBT_TARGET_PATH" and dbt.target_path):
             continue  # whoever says where dbt shall write means it
         wanted = str(settings.get(key) or usual)
-        if "{{" not in wanted and not _writable(dbt.project / wanted):
-            found[variable] = str(_outside(dbt) / usual)
+        if "{{" not in wanted and not writable(dbt.project / wanted):
+            found[variable] = str(outside(dbt) / usual)
     return found
 
 
 def target_of(dbt: DbtCore) -> Path:
     """The folder that dbt writes its artifacts into."""
     said = dbt.target_path or dbt.variable("DBT_TARGET_PATH") or led_out(dbt).get("DBT_TARGET_PATH")
-    return dbt.project / (said or _settings(dbt).get("target-path") or "target")
+    return dbt.project / (said or settings_of(dbt).get("target-path") or "target")
 
 
-def _settings(dbt: DbtCore) -> dict[str, Any]:
+def settings_of(dbt: DbtCore) -> dict[str, Any]:
+    """What dbt_project.yml says; nothing if it can't be read."""
     try:
         found = yaml.safe_load((dbt.project / "dbt_project.yml").read_text())
     except (OSError, yaml.YAMLError):
@@ -47,12 +48,14 @@ def _settings(dbt: DbtCore) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _writable(folder: Path) -> bool:
+def writable(folder: Path) -> bool:
+    """Whether a folder can be written into, or made."""
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     return os.access(folder, os.W_OK)
 
 
-def _outside(dbt: DbtCore) -> Path:
+def outside(dbt: DbtCore) -> Path:
+    """The folder for what belongs to a project and does not lie in it."""
     mark = hashlib.sha256(str(dbt.project).encode()).hexdigest()[:12]
     return get_current_settings().home / "dbt" / f"{dbt.project.name}-{mark}"

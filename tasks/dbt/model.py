@@ -97,6 +97,11 @@ class DbtCore(ToolParameters):
         description="Environment of dbt, for env_var() in the project or profile. Not for secrets: it is"
         " stored with the run's parameters.",
     )
+    install_packages: bool = Field(
+        default=True,
+        title="Install packages",
+        description="Run `dbt deps` when packages that the project declares are not installed.",
+    )
     timeout: float | None = Field(default=None, gt=0, description="Seconds after which dbt is stopped.")
     retries: int = Field(
         default=0, ge=0, description="How often the whole dbt step is tried again when it fails."
