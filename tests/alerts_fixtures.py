@@ -89,8 +89,7 @@ def channel(box: Sandbox, **changes: Any) -> Pipeline:
 
 
 @pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> float:
-    """Telling may take 3 s in place of 20, one of them for remembering."""
-    monkeypatch.setattr("tasks.alerts.PATIENCE", 3.0)
-    monkeypatch.setattr("tasks.alerts._TO_REMEMBER", 1.0)
-    return 3.0
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Telling may take 10 s in place of 20, six of them for remembering."""
+    monkeypatch.setattr("tasks.alerts.PATIENCE", 10.0)
+    monkeypatch.setattr("tasks.alerts._TO_REMEMBER", 6.0)

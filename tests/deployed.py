@@ -58,7 +58,7 @@ def deploy() -> str:
     return prefect("--no-prompt", "deploy", "--all", "--prefect-file", PREFECT_FILE)
 
 
-def until(what: str, read: Callable[[], T | None], within: float = 90.0) -> T:
+def until(what: str, read: Callable[[], T | None], within: float = 300.0) -> T:
     """What `read` returns as soon as it is something."""
     deadline = time.monotonic() + within
     while not (found := read()):
@@ -90,7 +90,7 @@ class Runs:
             flow_run_filter=FlowRunFilter(deployment_id=of_deployment), limit=200
         )
 
-    def ended(self, run: UUID, within: float = 90.0) -> FlowRun:
+    def ended(self, run: UUID, within: float = 300.0) -> FlowRun:
         """The run once it is final."""
 
         def read() -> FlowRun | None:

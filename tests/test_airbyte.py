@@ -364,7 +364,7 @@ def test_connections_of_any_shape(document: dict[str, Any], expected: dict[str, 
 def test_block_registers() -> None:
     """`prefect block register -m blocks` works, and each block has what the UI shows of it."""
     command = [sys.executable, "-m", "prefect", "block", "register", "-m", "blocks"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)  # noqa: S603
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)  # noqa: S603
     assert done.returncode == 0, done.stderr
     assert "Airbyte Server" in done.stdout
     assert "Hightouch Credentials" in done.stdout

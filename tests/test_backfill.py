@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import date
 from pathlib import Path
@@ -199,7 +199,8 @@ def test_killed_after_five_it_goes_on_with_the_sixth(
         finally:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             for each in family:
-                each.kill()
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    each.kill()
             psutil.wait_procs(family, 10)
     assert {"0", "1", "2", "3"} <= {path.name for path in (project.folder / "target/backfill").iterdir()}
     done = "select day, built_by from shop.fct where day < '2025-06-01' order by day"
@@ -372,11 +373,14 @@ def test_one_that_is_stopped_stops_dbt(shop: Project) -> None:
 
             def dbt() -> list[psutil.Process]:
                 assert process.poll() is None, "it ended by itself"
-                family = psutil.Process(process.pid).children(recursive=True)
-                return [each for each in family if any("child.py" in word for word in each.cmdline())]
+                found = []
+                for each in psutil.Process(process.pid).children(recursive=True):
+                    with suppress(psutil.Error):  # it has ended meanwhile
+                        if any("child.py" in word for word in each.cmdline()):
+                            found.append(each)
+                return found
 
-            until(lambda: labels(rows_of(run_id), "running") == ["2025-01"] and dbt())
-            running = dbt()
+            running = until(lambda: labels(rows_of(run_id), "running") == ["2025-01"] and dbt())
             process.terminate()
             assert process.wait(120) is not None
         finally:

@@ -26,15 +26,13 @@ from tasks.dbt_core import DbtInputError, DbtResult, DbtState, SourcesStale
 from tests.dbt_project import Project, dbt_starts
 from tests.deployed import specs
 from tests.flows_fixtures import box, forget_incidents, save_blocks, sources, task_runs
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 
-__all__ = ["box", "dbt_starts", "sources"]
+__all__ = ["box", "collected", "dbt_starts", "sources"]
 
 pytestmark = [
+    *PREFECTS_SOCKETS,
     pytest.mark.usefixtures("warm_dbt"),
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
 ]
 
 GOOD_SEED, BAD_SEED = "id,name\n1,red\n2,green\n", "id,name\none,red\n"

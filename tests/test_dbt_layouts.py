@@ -19,15 +19,15 @@ from tasks.dbt.folders import led_out, outside, target_of
 from tasks.dbt_core import DbtBuildFailed, DbtCore, DbtError, DbtInputError, DbtResult, DbtState, check_dbt
 from tests.dbt_project import Project, dbt_starts
 from tests.flows_fixtures import task_runs
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
+
+__all__ = ["collected"]
 
 __all__ = ["dbt_starts"]
 
 pytestmark = [
+    *PREFECTS_SOCKETS,
     pytest.mark.usefixtures("warm_dbt"),
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
 ]
 
 

@@ -15,14 +15,14 @@ from prefect.client.schemas.objects import TaskRun
 
 from tasks.dbt_core import DbtNode, DbtState
 from tests.dbt_project import Project
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 from tests.test_dbt_core import Run, build, ended, task_runs
 
+__all__ = ["collected"]
+
 pytestmark = [
+    *PREFECTS_SOCKETS,
     pytest.mark.usefixtures("warm_dbt"),
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
 ]
 
 YEAR = datetime.now(UTC).year

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,16 +31,14 @@ from tasks.dbt.memory import BuildRecord, Recorder, read_records
 from tasks.dbt_core import DbtBuildFailed, DbtInputError, DbtNode, DbtResult, DbtState, dbt_build
 from tests.dbt_project import Project, dbt_starts
 from tests.flows_fixtures import Runs
+from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
 from tests.test_dbt_core import ENDLESS
 
-__all__ = ["dbt_starts"]
+__all__ = ["collected", "dbt_starts"]
 
 pytestmark = [
+    *PREFECTS_SOCKETS,
     pytest.mark.usefixtures("warm_dbt"),
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings(
-        "ignore:Exception ignored in. <socket:pytest.PytestUnraisableExceptionWarning"
-    ),
 ]
 
 YEAR = datetime.now(UTC).year
@@ -325,7 +324,7 @@ def test_what_no_retry_mends_is_not_tried_again(tmp_path: Path) -> None:
 # -- killed -------------------------------------------------------------------------------------------------
 
 
-def until(what: Callable[[], Any], seconds: float = 60) -> Any:
+def until(what: Callable[[], Any], seconds: float = 300) -> Any:
     deadline = time.monotonic() + seconds
     while not (found := what()):
         assert time.monotonic() < deadline, "it did not come to that in time"
@@ -333,6 +332,7 @@ def until(what: Callable[[], Any], seconds: float = 60) -> Any:
     return found
 
 
+@pytest.mark.timeout(600)
 def test_a_build_that_was_killed_goes_on_from_another_checkout(tmp_path: Path) -> None:
     """SIGKILL of flow and dbt in mid-build, the run retried: what was finished is not run again."""
     project = Project(tmp_path / "checkout")
@@ -359,7 +359,8 @@ def test_a_build_that_was_killed_goes_on_from_another_checkout(tmp_path: Path) -
         finally:
             family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
             for each in family:
-                each.kill()
+                with suppress(psutil.Error):  # it has ended meanwhile
+                    each.kill()
             psutil.wait_procs(family, 10)
     before = built_by(project, "a", "b")
     other_checkout(project)

@@ -47,7 +47,7 @@ from tests.deployed import (
 )
 
 # A process for a run takes seconds to start, and a run of the chain builds the whole project.
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(600)
 
 IDS = {spec.name: spec.connection_id for spec in catalog.CONNECTIONS}
 AFTER_BUILD = "activate/after-build"
@@ -82,7 +82,11 @@ def stage(prefect_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
 @pytest.fixture(scope="module")
 def worker(deployed: Runs, stage: Stage, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
-    """A real process worker on the pool."""
+    """A real process worker on the pool, which no schedule gives anything to do beside the tests."""
+    for deployment in deployed.client.read_deployments():
+        for schedule in deployment.schedules:
+            url = f"{deployed.api_url}/deployments/{deployment.id}/schedules/{schedule.id}"
+            httpx.patch(url, json={"active": False}).raise_for_status()
     folder = tmp_path_factory.mktemp("worker")
     command = ["-m", "prefect", "worker", "start", "--pool", "elt"]
     env = {
@@ -260,7 +264,7 @@ def test_manual_run_on_a_worker(worker: Runs, stage: Stage) -> None:
     assert [len(stage.box.airbyte.jobs_of(name)) for name in ("airlines", "airports", "flights")] == [1, 1, 0]
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(600)
 async def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
     """`elt.source.ready`, told twice, starts one run with its connections, which a worker ends."""
     known = {run.id for run in worker.of(CHAIN)}
@@ -270,7 +274,7 @@ async def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
     for _ in range(2):
         await hand_over([event], [_ready])
     (begun,) = (run for run in worker.of(CHAIN) if run.id not in known and not run.auto_scheduled)
-    ended = worker.ended(begun.id, within=360)
+    ended = worker.ended(begun.id, within=480)
     assert [sync["connection_id"] for sync in ended.parameters["syncs"]] == ids
     assert ended.state is not None
     assert ended.state.name == "Completed", ended.state.message
@@ -281,7 +285,7 @@ async def test_event_starts_the_whole_chain(worker: Runs, stage: Stage) -> None:
     assert catalog.DEFAULT_CHANNEL in {message.channel for message in stage.box.slack.messages}
 
 
-@pytest.mark.timeout(480)
+@pytest.mark.timeout(600)
 def test_a_generated_pipeline_on_a_worker(worker: Runs, stage: Stage) -> None:
     """It loads what feeds its exposure, looks at the gates of its base, builds, and sends on that alone."""
     name = "exposure-braze-weather-delays"

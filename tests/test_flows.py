@@ -417,6 +417,7 @@ run_flow(elt_chain, flow_run=run, parameters=run.parameters)
 """
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("moment", ["sync", "dbt"])
 def test_a_killed_run_attaches_to_what_it_started(
     box: Sandbox, runs: Runs, tmp_path: Path, moment: str
@@ -430,7 +431,12 @@ def test_a_killed_run_attaches_to_what_it_started(
         box.airbyte.set("airports", duration=6)
     run_id = runs.create(elt_chain, parameters)
     with subprocess.Popen([sys.executable, "-c", _SCRIPT, str(run_id)], env=dict(os.environ)) as process:  # noqa: S603
-        _wait_for(lambda: starts(box) == 2 and _reached(moment, box, run_id))
+
+        def reached() -> bool:
+            assert process.poll() is None, "it ended by itself"
+            return starts(box) == 2 and _reached(moment, box, run_id)
+
+        _wait_for(reached)
         process.send_signal(signal.SIGKILL)
     if moment == "dbt":
         project = two_models(tmp_path / "dbt")
@@ -459,7 +465,7 @@ def _unlocked(box: Sandbox) -> bool:
     return True
 
 
-def _wait_for(what: Any, seconds: float = 60) -> None:
+def _wait_for(what: Any, seconds: float = 300) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not come to that in time"
