@@ -27,7 +27,7 @@ from blocks.airbyte_model import (
     StreamStats,
 )
 from blocks.http import AuthError, NotFoundError, VendorError
-from blocks.replies import readable
+from blocks.replies import all_of, readable
 
 _TYPES = {"sync": "sync", "reset_connection": "reset", "clear": "clear", "refresh": "refresh"}
 _OLD_TYPES = ("sync", "reset_connection")  # all that servers of 2023 know, and another word is an error there
@@ -191,8 +191,8 @@ class ConfigApi(AirbyteApi):
         self, connection_id: str, operation: Operation | None = None, *, retry: bool = True
     ) -> list[Job]:
         """`POST /jobs/list` of one connection; of every kind that the server knows."""
-        body = {"configId": connection_id, "pagination": {"pageSize": 20, "rowOffset": 0}}
-        return _jobs(await self._list("/jobs/list", body, retry=retry))
+        reply = await self._newest(connection_id, retry=retry)
+        return [_job(info) for info in all_of(self.vendor, reply.jobs, _INFO)]
 
     def jobs_since(
         self, created: datetime, connection_ids: Collection[str], *, pages: int
@@ -243,9 +243,13 @@ class ConfigApi(AirbyteApi):
             full, offset = len(reply.jobs) == PAGE, offset + PAGE
         if not self._lists_workspaces:
             for connection in await self.connections():
-                found |= {job.id: job for job in await self.newest_jobs(connection.id)}
+                found |= {job.id: job for job in _jobs(await self._newest(connection.id, retry=True))}
         since = since.replace(microsecond=0)
         return [job for job in found.values() if job.ended_at >= since]
+
+    async def _newest(self, connection_id: str, *, retry: bool) -> _Jobs:
+        body = {"configId": connection_id, "pagination": {"pageSize": 20, "rowOffset": 0}}
+        return await self._list("/jobs/list", body, retry=retry)
 
     async def _list(self, path: str, body: dict[str, Any], *, retry: bool) -> _Jobs:
         try:

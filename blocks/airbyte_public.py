@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from blocks.airbyte_model import PAGE, AirbyteApi, Connection, Job, Operation
 from blocks.http import VendorError
-from blocks.replies import readable
+from blocks.replies import all_of, readable
 
 _NEWEST_FIRST = "createdAt|DESC"  # must be said: left out, the API answers with the oldest
 # Servers before 2026-02 list only syncs and resets, unless they are asked for another kind by name.
@@ -83,7 +83,7 @@ class PublicApi(AirbyteApi):
                 if job_type == first or error.status not in (400, 422):
                     raise
                 continue  # an old server, which has no such kind
-            found |= {job.id: job for job in readable(reply.data, _JOB)}
+            found |= {job.id: job for job in all_of(self.vendor, reply.data, _JOB)}
         return sorted(found.values(), key=lambda job: job.created_at, reverse=True)
 
     async def jobs_since(

@@ -13,7 +13,7 @@ from blocks import AirbyteServer
 from blocks.airbyte_config import ConfigApi
 from blocks.airbyte_model import Job
 from blocks.airbyte_public import PublicApi
-from blocks.http import AuthError, BadReply, ConflictError, NotFoundError, VendorUnavailable
+from blocks.http import AuthError, BadReply, ConflictError, NotFoundError, VendorError, VendorUnavailable
 from sandbox import Sandbox, catalog
 from tasks.airbyte import AirbyteVendor
 from tasks.jobs import (
@@ -110,6 +110,19 @@ async def test_a_lost_start_is_found(both: Desk) -> None:
     """No idempotency key: a start whose reply was lost is looked for and not sent again."""
     both.behave(duration=0.4)
     both.fault(kind="drop_after", method="POST", path="/(jobs|connections/sync)$", times=1)
+    result = await both.run()
+    assert both.jobs == [result.job_id]
+
+
+async def test_a_lost_start_behind_an_unreadable_job(both: Desk) -> None:
+    """While one of the jobs listed can't be read it may be the one looked for, and nothing is started."""
+    unreadable = {"data": [{"jobId": 7}], "jobs": [{"job": {"id": 7}}]}
+    both.fault(kind="drop_after", method="POST", path="/(jobs|connections/sync)$", times=1)
+    listing = {"path": "/jobs(/list)?$", "method": "POST" if both.vendor._server.kind == "config" else "GET"}
+    fault = both.fault(kind="status", status=200, body=unreadable, **listing)
+    with pytest.raises(VendorError, match="one of its jobs is not what the API promises"):
+        await both.run(outage=0.5)
+    both.sandbox.faults.remove(fault)
     result = await both.run()
     assert both.jobs == [result.job_id]
 
