@@ -1,8 +1,9 @@
 """Pushes to repositories on GitHub, GitLab and Bitbucket.
 
-A push is known by repository, branch, the commits before and after, and the provider's own id of it, so that
-one which is delivered again is the same event, and a branch that goes from A to B, back, and to B again has
-three of them. Deleted branches and everything that is no push are acknowledged.
+A push is known by repository, branch and the commits before and after, so that one which is delivered again
+is the same event; and by what else tells a branch that goes from A to B, back, and to B again. Never by a
+header beside a signed body: whoever caught it could send it under another id. Deleted branches and everything
+that is no push are acknowledged.
 
 Vendor documentation: https://docs.github.com/webhooks/webhook-events-and-payloads#push,
 https://docs.gitlab.com/user/project/integrations/webhook_events/#push-events,
@@ -40,6 +41,7 @@ class Push:
     pusher: str
     message: str
     url: str
+    at: str = ""
 
 
 class _Named(BaseModel):
@@ -48,6 +50,10 @@ class _Named(BaseModel):
     path_with_namespace: str = ""
     nickname: str = ""
     display_name: str = ""
+
+
+class _Repository(_Named):
+    pushed_at: int | str = ""
 
 
 class _Commit(BaseModel):
@@ -60,7 +66,7 @@ class _GitHub(BaseModel):
     ref: str
     before: str
     after: str
-    repository: _Named
+    repository: _Repository
     pusher: _Named = _Named()
     compare: str = ""
     head_commit: dict[str, Any] | None = None
@@ -77,6 +83,7 @@ class _GitHub(BaseModel):
             self.pusher.name,
             message,
             self.compare,
+            str(self.repository.pushed_at),
         )
 
 
@@ -142,10 +149,10 @@ def _ref(ref: str) -> tuple[str, str]:
 @dataclass(frozen=True)
 class _Provider:
     event_header: str
-    delivery_header: str  # of an id that is another for each push, and the same when it is delivered again
     pushes: tuple[str, ...]
     model: type[_GitHub] | type[_GitLab] | type[_Bitbucket]
     check: Callable[[Hook, GitWebhook], None]
+    id_header: str = ""  # of an id that is another for each push, and the same when it is delivered again
 
 
 def _signed(hook: Hook, block: GitWebhook) -> None:
@@ -158,10 +165,11 @@ def _token(hook: Hook, block: GitWebhook) -> None:
 
 
 _PROVIDERS = {
-    "github": _Provider("x-github-event", "x-github-delivery", ("push",), _GitHub, _signed),
-    # Of GitLab since 17.4. Its X-Gitlab-Event-UUID and -Webhook-UUID are new ones at each delivery.
-    "gitlab": _Provider("x-gitlab-event", "idempotency-key", ("Push Hook", "Tag Push Hook"), _GitLab, _token),
-    "bitbucket": _Provider("x-event-key", "x-request-uuid", ("repo:push",), _Bitbucket, _signed),
+    "github": _Provider("x-github-event", ("push",), _GitHub, _signed),
+    # Nothing of GitLab's is signed. The id is there since 17.4; its X-Gitlab-Event-UUID and -Webhook-UUID are
+    # new ones at each delivery.
+    "gitlab": _Provider("x-gitlab-event", ("Push Hook", "Tag Push Hook"), _GitLab, _token, "idempotency-key"),
+    "bitbucket": _Provider("x-event-key", ("repo:push",), _Bitbucket, _signed),
 }
 
 
@@ -181,20 +189,20 @@ class GitSource(Source[GitWebhook]):
         allowed = self.block.repositories
         if allowed and any(push.repository not in allowed for push in pushes):
             raise BadSignature("this repository is not one of those that may")
-        delivery = hook.headers.get(provider.delivery_header, "").strip()
+        given = hook.headers.get(provider.id_header, "").strip()
         events = tuple(
-            self._event(push, delivery) for push in pushes if push.after and push.after != _NOTHING
+            self._event(push, given or push.at) for push in pushes if push.after and push.after != _NOTHING
         )
         return Reading(events, ignored="" if events else "nothing was pushed but what ends a branch")
 
-    def _event(self, push: Push, delivery: str) -> EltEvent:
+    def _event(self, push: Push, which: str) -> EltEvent:
         before = None if push.before == _NOTHING else push.before
         known = f"{push.repository}:{push.kind}:{push.name}@{before}..{push.after}"
         if not push.repository:
             raise Refused("repository: it has no name")
         return EltEvent(
             name="elt.git.pushed",
-            key=f"git:{self.block.provider}:{known}{f'#{delivery}' if delivery else ''}",
+            key=f"git:{self.block.provider}:{known}{f'#{which}' if which else ''}",
             occurred=datetime.now(UTC),
             resource_id=f"elt.git.repository.{push.repository}",
             resource_name=push.repository,
