@@ -221,7 +221,7 @@ async def test_killed_between(desk: Desk, monkeypatch: pytest.MonkeyPatch, momen
     if moment == "while it clears":
         desk.sandbox.airbyte.jobs_of(desk.connection_id)[0].timeline.finish("succeeded")
         desk.behave(duration=0.5)
-    monkeypatch.setattr(AirbyteVendor, "grace", 30.0)
+    monkeypatch.setattr(AirbyteVendor, "grace", 30.0 if moment == "while the sync is asked for" else 3.0)
     result = await run_again(run)
     assert result.state is JobState.SUCCEEDED
     assert types(desk) == ["clear", "sync"]
@@ -265,6 +265,7 @@ async def test_anybodys_job_over_the_config_api(desk: Desk, sandbox: Sandbox) ->
     desk.behave(duration=60)
     job = desk.start_by_hand("refresh")
     assert not (await airbyte_status(server, job)).state.terminal
+    await until(lambda: desk.words == ["running"])  # ended before, it would have no attempt
     desk.end_first()
     waited = await airbyte_wait(server, job, QUICK)
     assert (waited.rows, waited.name, waited.attempts) == (1000, "synthetic-0006", 1)
