@@ -44,6 +44,9 @@ class HightouchSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
+    form: Literal["2022", "2026"] = Field(
+        "2026", description="Of the API; in the older one lists have no hasMore, and ids of runs are text."
+    )
     requests_per_10_seconds: int | None = Field(200, ge=1, description="Beyond it: 429. None: no limit.")
     oldest_first: bool = Field(False, description="Lists of runs ascend; the API does not say what they do.")
     queue_sequences: bool = Field(

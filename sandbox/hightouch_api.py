@@ -168,7 +168,7 @@ class HightouchApi:
         found = [sync for sync in self.hightouch.syncs.values() if wanted(sync)]
         if order in ("name", "slug"):
             found.sort(key=lambda sync: sync.spec.slug)
-        return _page(request, [sync.reply() for sync in found])
+        return self._page(request, [sync.reply() for sync in found])
 
     async def get_sync(self, request: Request) -> dict[str, Any]:
         """GET /syncs/{id}."""
@@ -212,7 +212,18 @@ class HightouchApi:
             "finishedAt": lambda run: run.finished_wall or float("inf"),
         }
         found.sort(key=keys[order], reverse=not self.hightouch.settings.oldest_first)
-        return _page(request, [run.reply() for run in found])
+        old = self.hightouch.settings.form == "2022"
+        replies = [run.reply() | ({"id": str(run.run_id)} if old else {}) for run in found]
+        return self._page(request, replies)
+
+    def _page(self, request: Request, found: list[dict[str, Any]]) -> dict[str, Any]:
+        old = self.hightouch.settings.form == "2022"
+        limit = int(_number(request, "limit", 5 if old else 100) or 0)
+        offset = int(_number(request, "offset", 0) or 0)
+        if limit < 0 or offset < 0:
+            raise _invalid("limit", "must not be negative")
+        data = {"data": found[offset : offset + limit]}
+        return data if old else {"hasMore": len(found) > offset + limit, **data}
 
     def _sync(self, request: Request) -> Sync:
         text = request.path_params["sync_id"]
@@ -237,13 +248,6 @@ class HightouchApi:
 
 def _invalid(field: str, message: str) -> HightouchError:
     return HightouchError(422, {"message": "Validation failed", "details": {field: {"message": message}}})
-
-
-def _page(request: Request, found: list[dict[str, Any]]) -> dict[str, Any]:
-    limit, offset = int(_number(request, "limit", 100) or 0), int(_number(request, "offset", 0) or 0)
-    if limit < 0 or offset < 0:
-        raise _invalid("limit", "must not be negative")
-    return {"hasMore": len(found) > offset + limit, "data": found[offset : offset + limit]}
 
 
 def _number(request: Request, name: str, default: float | None = None) -> float | None:

@@ -509,11 +509,13 @@ def test_a_wrong_key_is_one_line(
 # -- what the contract sheet warns of
 
 
+@pytest.mark.parametrize("form", ["2022", "2026"])
 @pytest.mark.parametrize("oldest_first", [False, True])
 async def test_a_lost_run_among_hundreds(
-    box: Sandbox, credentials: HightouchCredentials, oldest_first: bool
+    box: Sandbox, credentials: HightouchCredentials, oldest_first: bool, form: Any
 ) -> None:
-    """Whichever way the API's list runs, a lost start is found among 250 earlier runs."""
+    """Whichever way the API's list runs, and in either form of it, a lost start is found among 250 runs."""
+    box.hightouch.settings.form = form
     box.hightouch.settings.oldest_first = oldest_first
     box.hightouch.settings.requests_per_10_seconds = None
     box.hightouch.set(SYNC, duration=0.0)
