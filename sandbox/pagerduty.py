@@ -28,7 +28,7 @@ class PagerDutySettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
-    events_per_minute: int | None = Field(None, ge=1, description="Per key; beyond it: 429. None: off.")
+    events_per_minute: int | None = Field(120, ge=1, description="Per key; beyond it: 429. None: off.")
 
 
 class _Link(BaseModel):
