@@ -27,6 +27,7 @@ from dbt.compilation import Linker
 from dbt.graph.cli import parse_from_definition
 from dbt.graph.selector import NodeSelector
 from dbt.graph.selector_spec import SelectionCriteria, SelectionDifference, SelectionSpec
+from dbt_common.events.contextvars import task_contextvars
 from pydantic import TypeAdapter, ValidationError
 
 from flows.parameters import Activation, Sync
@@ -83,11 +84,12 @@ class DbtProject:
         graph = Linker().get_graph(self.manifest)
         nodes = NodeSelector(graph, self.manifest)
         for name, selector in selectors.items():
-            idle = [
-                f"{one.method}:{one.value}"
-                for one in _included(parse_from_definition(selector["definition"]))
-                if not nodes.select_included(nodes.graph.nodes(), one)
-            ]
+            with task_contextvars(project_root=str(self.folder)):  # what `path:` is seen from
+                idle = [
+                    f"{one.method}:{one.value}"
+                    for one in _included(parse_from_definition(selector["definition"]))
+                    if not nodes.select_included(nodes.graph.nodes(), one)
+                ]
             if idle and name not in empty:
                 wrong.append(f"{name}: nothing is selected by {', '.join(idle)}")
         if wrong:

@@ -50,6 +50,7 @@ def test_every_mistake_is_named(tmp_path: Path) -> None:
     text = selectors.read_text().replace("value: weather_stations", "value: weather_station")
     selectors.write_text(
         text + "  - name: mistyped\n    definition:\n      union:\n        - tag:weahter\n"
+        "        - path:models/marts\n"
         "        - intersection:\n            - 'fqn:dim_airlines+'\n            - resource_type:model\n"
         "            - exclude: [{method: tag, value: nobodys}]\n"
     )
