@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -354,3 +359,29 @@ def test_a_build_is_taken_up_with_its_interval(shop: Project) -> None:
         ("2026-03-01 00:00:00", "2026-03-01T00:00:00+00:00"),
         ("2026-03-02 00:00:00", "2026-03-01T00:00:00+00:00"),
     ]
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize(
+    ("until", "warned"), [("2026-03-01T12:00:00-05:00", True), ("2026-03-02T06:00:00-05:00", False)]
+)
+def test_part_of_a_day_is_told(tmp_path: Path, until: str, warned: bool) -> None:
+    """The stage's models take whole days: what an interval within one day builds, nothing, is no secret."""
+    project = Project(tmp_path / "shop")
+    project.set(vars={"data_interval_start": None, "data_interval_end": None})
+    macro = Path(__file__).parent.parent / "sandbox/dbt/macros/increment_window.sql"
+    (project.folder / "macros").mkdir()
+    shutil.copy(macro, project.folder / "macros")
+    project.model("days", "select 1 as id where {{ increment_window(\"date '2026-03-01'\") }}")
+    interval = {"data_interval_start": "2026-03-01T06:00:00-05:00", "data_interval_end": until}
+    done = subprocess.run(  # noqa: S603
+        [str(Path(sys.executable).with_name("dbt")), "compile", "--vars", json.dumps(interval)],
+        cwd=project.folder,
+        env={**os.environ, "SHOP_WAREHOUSE": str(project.warehouse)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=150,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert ("begins and ends on one day" in done.stdout) is warned

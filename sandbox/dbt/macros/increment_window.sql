@@ -4,7 +4,8 @@
 
     A day belongs to the interval in which it ends, and is taken whole: whatever time of day they are cut at,
     intervals in a row take each day once, so that two may be built at the same time. If both took a day, each
-    would insert its rows, neither seeing those of the other, and the unique key would keep nobody from it. -#}
+    would insert its rows, neither seeing those of the other, and the unique key would keep nobody from it.
+    In an interval that begins and ends on one day no day ends: it builds nothing, and dbt warns. -#}
 {% macro increment_window(date_column) %}
     {%- set start = var('data_interval_start') -%}
     {%- set end = var('data_interval_end') -%}
@@ -12,6 +13,12 @@
         {{ exceptions.raise_compiler_error('Set both data_interval_start and data_interval_end, or neither.') }}
     {%- endif -%}
     {%- if start is not none -%}
+        {%- if execute and start[:10] == end[:10] -%}
+            {%- do exceptions.warn(
+                'Nothing is built of ' ~ this ~ ': its rows are of whole days, and the data interval from '
+                ~ start ~ ' to ' ~ end ~ ' begins and ends on one day. Take intervals of whole days.'
+            ) -%}
+        {%- endif -%}
         {#- ISO 8601 begins with the date, in the time zone of the schedule. -#}
         {{ date_column }} >= cast('{{ start[:10] }}' as date)
         and {{ date_column }} < cast('{{ end[:10] }}' as date)
