@@ -28,6 +28,7 @@ from deployments.entries import Entry, read_entries
 from deployments.environments import environment
 from deployments.steps import change_to_repository
 from flows import elt_chain, sync_connections
+from flows.expected import ExpectedConnection
 from sandbox import Sandbox, catalog
 from tasks.cancellation import cancel_open_jobs
 from tasks.events import EltEvent, hand_over, read_triggers
@@ -101,6 +102,20 @@ def worker(deployed: Runs, stage: Stage, tmp_path_factory: pytest.TempPathFactor
 
 
 # -- what the file says -------------------------------------------------------------------------------------
+
+
+def test_a_load_that_does_not_come_is_looked_for_alone() -> None:
+    """A look back over 26 hours finds well what the look at 07:00 has told to be late."""
+    spec = specs()["flights-by-07"]
+    looked_at = {
+        trigger["match"]["prefect.resource.id"]: trigger["parameters"]["connections"]
+        for trigger in spec["triggers"]
+    }
+    expected = [ExpectedConnection.model_validate(one) for one in spec["parameters"]["connections"]]
+    assert {
+        resource: [ExpectedConnection.model_validate(one) for one in found]
+        for resource, found in looked_at.items()
+    } == {one.resource: [one] for one in expected}
 
 
 @pytest.mark.parametrize("place", ["prod", "dev", "a branch"])

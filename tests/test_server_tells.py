@@ -221,47 +221,67 @@ async def test_which_runs_are_started(client: PrefectClient) -> None:
 
 
 async def test_a_load_that_does_not_come(client: PrefectClient) -> None:
-    """As shipped, but for its patience: one look for the connection that no load comes of any more."""
+    """As shipped, but for their patience: one look, at the one connection that no load comes of any more."""
     spec = specs()["flights-by-07"]
-    (shipped,) = spec["triggers"]
     deployment = await client.create_deployment(
         await client.create_flow(expect_fresh), name=f"by-07-{uuid4().hex[:8]}"
     )
-    keys = ("posture", "match", "for_each", "after", "expect")
-    trigger = EventTrigger(**{key: shipped[key] for key in keys}, within=timedelta(seconds=_WITHIN))
-    action = RunDeployment(
-        source="selected", deployment_id=deployment, parameters={**shipped["parameters"], "connections": []}
-    )
-    automation = await client.create_automation(
-        AutomationCore(name=uuid4().hex, trigger=trigger, actions=[action])
-    )
-    flights, weather = shipped["match"]["prefect.resource.id"]
-    assert {flights, weather} == {
+    keys = ("posture", "match", "after", "expect")
+    automations: list[UUID] = []
+    for shipped in spec["triggers"]:
+        trigger = EventTrigger(**{key: shipped[key] for key in keys}, within=timedelta(seconds=_WITHIN))
+        action = RunDeployment(deployment_id=deployment, parameters=shipped["parameters"])
+        made = AutomationCore(name=uuid4().hex, trigger=trigger, actions=[action])
+        automations.append(await client.create_automation(made))
+    automations.append(await _known(client))
+    flights, weather = (
         ExpectedConnection.model_validate(one).resource for one in spec["parameters"]["connections"]
-    }
+    )
     of_it = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
-    began = datetime.now(UTC)
+    coming = [flights, weather]
     looks: list[FlowRun] = []
     seen: datetime | None = None
     async with asyncio.timeout(120):
         # Some more than it waits for, in which it might fire again.
         while seen is None or datetime.now(UTC) - seen < timedelta(seconds=_WITHIN + 6):
-            coming = [weather]
-            if datetime.now(UTC) - began < timedelta(seconds=6):
-                coming.append(flights)  # more than once: the server may not have known the automation yet
             for resource in coming:
-                event = {
-                    "id": str(uuid4()),
-                    "occurred": datetime.now(UTC).isoformat(),
-                    "event": FRESH,
-                    "resource": {"prefect.resource.id": resource},
-                }
-                await client.request("POST", "/events", json=[event])
+                await _post(client, FRESH, resource)
+            coming = [weather]
             await asyncio.sleep(1)
             looks = await client.read_flow_runs(flow_run_filter=of_it)
             seen = seen or (datetime.now(UTC) if looks else None)
-    await client.delete_automation(automation)
-    assert [look.parameters["hours"] for look in looks] == [shipped["within"] / 3600]
+    for automation in automations:
+        await client.delete_automation(automation)
+    (look,) = looks
+    assert look.parameters["connections"] == spec["parameters"]["connections"][:1]
+    assert look.parameters["hours"] == spec["triggers"][0]["within"] / 3600
+
+
+async def _known(client: PrefectClient) -> UUID:
+    """An automation that the server knows, and so all that were made before it."""
+    deployment = await client.create_deployment(
+        await client.create_flow(a_flow), name=f"known-{uuid4().hex[:8]}"
+    )
+    trigger = EventTrigger(expect={f"elt.test.{deployment}"})
+    action = RunDeployment(deployment_id=deployment)
+    made = AutomationCore(name=uuid4().hex, trigger=trigger, actions=[action])
+    automation = await client.create_automation(made)
+    of_it = FlowRunFilter(deployment_id=FlowRunFilterDeploymentId(any_=[deployment]))
+    async with asyncio.timeout(60):
+        while not await client.read_flow_runs(flow_run_filter=of_it):
+            await _post(client, f"elt.test.{deployment}", "elt.test.thing")
+            await asyncio.sleep(0.5)
+    return automation
+
+
+async def _post(client: PrefectClient, event: str, resource: str) -> None:
+    posted = {
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": event,
+        "resource": {"prefect.resource.id": resource},
+    }
+    await client.request("POST", "/events", json=[posted])
 
 
 async def _late(client: PrefectClient, name: str) -> None:
@@ -305,13 +325,7 @@ async def _failing_automation(client: PrefectClient, name: str) -> Callable[[], 
     await client.create_automation(AutomationCore(name=name, trigger=trigger, actions=[action]))
 
     async def fire() -> None:
-        event: dict[str, Any] = {
-            "id": str(uuid4()),
-            "occurred": datetime.now(UTC).isoformat(),
-            "event": f"elt.test.{name}",
-            "resource": {"prefect.resource.id": f"elt.test.{name}"},
-        }
-        await client.request("POST", "/events", json=[event])
+        await _post(client, f"elt.test.{name}", f"elt.test.{name}")
 
     return fire
 
