@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
 
 from tasks.environment import Here
 from tasks.events.triggers import named
@@ -44,7 +45,8 @@ class Settings(_Strict):
     env: dict[Word, str] = {}
     work_pool: str | None = None
     blocks: dict[str, str] = {}
-    parameters: dict[str, Any] = {}
+    # YAML reads a date as one, and runs are told of them as JSON.
+    parameters: Annotated[dict[str, Any], AfterValidator(to_jsonable_python)] = {}
     without: list[str] = []
 
 

@@ -170,8 +170,9 @@ async def _differences(
     client: PrefectClient, entry: Entry, there: DeploymentResponse, automations: Sequence[Automation]
 ) -> list[str]:
     """What `prefect deploy` would change, in words and without values: there may be secrets among them."""
-    # Templates are filled in by Prefect's own functions, in Prefect's order.
-    spec: Any = entry.model_dump(include={*_TEMPLATED, "triggers"})
+    # Templates are filled in by Prefect's own functions, in Prefect's order. As JSON, which is what is sent:
+    # YAML reads a date as one.
+    spec: Any = entry.model_dump(mode="json", include={*_TEMPLATED, "triggers"})
     spec = await resolve_block_document_references(spec, client=client)
     spec = await resolve_variables(spec, client=client)
     spec = apply_values(spec, dict(os.environ), remove_notset=False)
@@ -199,7 +200,7 @@ def _wanted(entry: Entry, spec: dict[str, Any]) -> dict[str, Any]:
         "parameters' schema": _json(parameter_schema(flow).model_dump(mode="json", exclude_unset=True)),
         "enforcing the schema": entry.enforce_parameter_schema is not False,
         "concurrency limit": _limit(entry.concurrency_limit),
-        "pull steps": _json(entry.pull or []),
+        "pull steps": entry.model_dump(mode="json", include={"pull"})["pull"] or [],
     }
     return wanted if entry.paused is None else {**wanted, "paused": entry.paused}
 
@@ -245,7 +246,7 @@ def _schedules_differ(entry: Entry, there: Sequence[DeploymentSchedule]) -> bool
         wanted = as_prefect_has_it(schedule).model_dump(mode="json", exclude=leave_out)
         if wanted != other.schedule.model_dump(mode="json", exclude=leave_out):
             return True
-        if _json(schedule.parameters) != _json(other.parameters):
+        if schedule.model_dump(mode="json")["parameters"] != _json(other.parameters):
             return True
         if schedule.active is False and other.active:
             return True

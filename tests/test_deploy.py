@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,19 @@ def test_nothing_is_touched_the_second_time(deploying: Deploying) -> None:
     assert len(before[DAILY][1]) == 2
     assert "✓ nothing to do: 2 deployments" in deploying()
     assert deploying.snapshot() == before
+
+
+def test_a_date_in_the_file(deploying: Deploying) -> None:
+    """YAML reads it as one, and the server has it as text: no difference, wherever it stands."""
+    one_day = {"start": datetime(2026, 3, 1, tzinfo=UTC), "end": datetime(2026, 3, 2, tzinfo=UTC)}
+    daily = deploying.entries[0]
+    daily["parameters"]["data_interval"] = one_day
+    daily["schedules"][1]["parameters"]["data_interval"] = one_day
+    daily["triggers"][0]["parameters"]["data_interval"] = one_day
+    daily["work_pool"]["job_variables"]["env"]["SINCE"] = one_day["start"].date()
+    deploying()
+    assert deploying.there(DAILY).parameters["data_interval"]["end"] == "2026-03-02T00:00:00Z"
+    assert "✓ nothing to do: 2 deployments" in deploying()
 
 
 def test_from_a_git_hosts_ci(deploying: Deploying, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,13 @@ def test_what_an_environment_changes() -> None:
     assert [trigger["name"] for trigger in found.once_triggers] == ["dev.when it came"]
 
 
+def test_a_date_among_the_parameters(tmp_path: Path) -> None:
+    """YAML reads it as one; runs are told of it as text."""
+    file = tmp_path / "environments.yaml"
+    file.write_text("{default: prod, environments: {prod: {parameters: {since: 2026-03-01T00:00:00Z}}}}")
+    assert read_environments(file).named().here.parameters == {"since": "2026-03-01T00:00:00Z"}
+
+
 def test_what_is_left_out_is_not_started(tmp_path: Path) -> None:
     """No event starts a deployment that an environment is without, or any where its triggers are off."""
     file = tmp_path / "prefect.yaml"
