@@ -19,6 +19,7 @@ from pydantic import SecretStr
 WITHIN = 300  # seconds for which a code is good
 _CLOCKS = 30  # seconds by which the clocks of two receivers may differ
 _CODE = re.compile(r"([0-9a-f]{8,12})-([0-9a-f]{16})", re.ASCII)
+_SHORT = re.compile(r"""["']?-\w*f""", re.ASCII)  # alone or with others: -xf; what only looks so is asked for
 _SWITCHES = ("full_refresh", "full_resync", "full_sync")  # of dbt, Hightouch and Census
 _FLOWS = ("dbt-full-refresh",)  # of which every run is one
 
@@ -36,12 +37,18 @@ def loads_anew(deployment: str, parameters: Mapping[str, Any]) -> bool:
 def _asks_for_all(value: Any) -> bool:
     match value:
         case str():
-            return "--full-refresh" in value  # in the steps of a dbt Cloud job
+            return _is_step_that_does(value)
         case list() | tuple():
             return any(map(_asks_for_all, value))
         case Mapping():
             return any(_is_switch(name, one) or _asks_for_all(one) for name, one in value.items())
     return False
+
+
+def _is_step_that_does(text: str) -> bool:
+    """Whether it is a step, as those of a dbt Cloud job, that does: `-f` is dbt's short word for it."""
+    words = text.split()
+    return "--full-refresh" in text or (words[:1] == ["dbt"] and any(map(_SHORT.match, words)))
 
 
 def _is_switch(name: str, value: Any) -> bool:
