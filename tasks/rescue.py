@@ -73,21 +73,28 @@ async def last_sign(client: PrefectClient, run: FlowRun) -> datetime:
 async def outlived(client: PrefectClient, run: FlowRun, patience: float) -> bool:
     """Whether a run goes on that is said to have crashed: its heartbeats come after the report, and still do.
 
-    A worker reports the death of what it has started, which may be another process than the flow's own.
+    A worker reports the death of what it has started, which may be another process than the flow's own. A
+    server that was away has missed heartbeats that were sent: they may come again.
 
     Args:
         client: Prefect's client.
         run: The run, Crashed.
-        patience: Seconds after the report for which heartbeats are waited for, and after the last of them for
-            which it counts.
+        patience: Seconds after the report for which heartbeats are waited for, after the last of them for
+            which it counts, and after that for which another is waited for; more than one heartbeat.
     """
     assert run.state is not None  # noqa: S101 - it is Crashed
     crashed = run.state.timestamp
     left = patience - (datetime.now(UTC) - crashed).total_seconds()
     if left > 0:
         await asyncio.sleep(left)
-    beat = await _last_beat(client, run, crashed + _LAG)
-    return beat is not None and (datetime.now(UTC) - beat).total_seconds() < patience
+    beat = last = await _last_beat(client, run, crashed + _LAG)
+    if beat is None or (datetime.now(UTC) - beat).total_seconds() < patience:
+        return beat is not None
+    watched = datetime.now(UTC) + timedelta(seconds=patience)
+    while last == beat and (left := (watched - datetime.now(UTC)).total_seconds()) > 0:
+        await asyncio.sleep(min(left, _LOOK))
+        last = await _last_beat(client, run, crashed + _LAG)
+    return last != beat
 
 
 async def _last_beat(client: PrefectClient, run: FlowRun, since: datetime) -> datetime | None:

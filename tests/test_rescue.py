@@ -16,6 +16,7 @@ from prefect.states import Cancelled, Cancelling, Completed, Crashed, Pending, R
 
 from flows.recover import Rescue
 from flows.recover import recover as recover_flow
+from tasks import rescue
 from tasks.environment import PREFIX_VARIABLE
 from tasks.rescue import HEARTBEAT, RESCHEDULED, last_sign
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected
@@ -217,6 +218,25 @@ async def test_a_process_that_outlives_its_crash_and_dies(dead: Dead) -> None:
             await asyncio.sleep(0.2)
     await asyncio.sleep(2)
     assert (await recover(run.id, silent_for=2)).did == "rescheduled"
+
+
+@pytest.mark.no_server
+@pytest.mark.parametrize("comes", [True, False], ids=["and comes again", "and is the last"])
+async def test_a_heartbeat_after_a_crash_that_is_old(monkeypatch: pytest.MonkeyPatch, *, comes: bool) -> None:
+    """The server may have been away: the next one is waited for before the run is called dead."""
+    crashed = datetime.now(UTC) - timedelta(seconds=400)
+    run = FlowRun(flow_id=uuid4(), state=Crashed(timestamp=crashed))
+    heard = [crashed + timedelta(seconds=100)] * 3
+
+    async def last_beat(*_: Any) -> datetime:
+        if len(heard) > 1:
+            return heard.pop()
+        return datetime.now(UTC) if comes else heard[0]
+
+    monkeypatch.setattr(rescue, "_last_beat", last_beat)
+    monkeypatch.setattr(rescue, "_LOOK", 0.01)
+    async with get_client() as client:
+        assert await rescue.outlived(client, run, 120 if comes else 0.2) is comes
 
 
 async def test_a_run_that_ends_while_it_is_watched(dead: Dead) -> None:
