@@ -19,7 +19,7 @@ from pydantic import Field
 
 from flows.alerts import how, people_of, tell_of_run, tell_run_is_well
 from flows.parameters import NotifyList
-from tasks.environment import is_elsewhere
+from tasks.environment import is_elsewhere, prefix_here
 from tasks.incidents import STUCK
 
 _CLOCKS = timedelta(minutes=1)  # by which that of the server, who counts as well, may differ
@@ -47,7 +47,8 @@ async def alert(
 
     Returns:
         Whether there was something to tell. The run is Failed as `Undelivered` if not all of it was
-        delivered, or nobody is named to whom.
+        delivered; and Failed if nobody is named to whom, but in an environment with a prefix, which is for
+        rehearsals.
     """
     log = get_run_logger()
     async with get_client() as client:
@@ -77,6 +78,10 @@ async def alert(
         return "nothing to tell"
     if delivered:
         return "told"
-    somebody = notify or people_of(run)
-    why = "Not all could be told; the log says why." if somebody else "Nobody is named who is to be told."
-    return Failed(name="Undelivered", message=why)  # type: ignore[return-value]  # Prefect takes it for a result
+    if notify or people_of(run):
+        why = "Not all could be told; the log says why."
+        return Failed(name="Undelivered", message=why)  # type: ignore[return-value]  # Prefect takes it for a result
+    if prefix_here():
+        return "nothing to tell"
+    # Under Prefect's own name, by which an automation tells of it: no way of telling was tried that could.
+    return Failed(message="Nobody is named who is to be told.")  # type: ignore[return-value]  # as above

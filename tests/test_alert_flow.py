@@ -15,6 +15,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.states import Cancelled, Completed, Crashed, Failed, Pending, Running
 
+from deployments.automations import read_entries
 from flows.alert import alert
 from flows.recover import recover
 from sandbox import Sandbox
@@ -143,8 +144,6 @@ async def test_what_is_not_delivered_is_no_success(team: Deployment, client: Pre
     nowhere = f"gone-{uuid4().hex[:8]}"
     state: State[Any] = await alert(run.id, notify=[{"tool": "slack", "webhook": nowhere}], return_state=True)
     assert (state.type, state.name) == (StateType.FAILED, "Undelivered")
-    nobody: State[Any] = await alert(run.id, return_state=True)
-    assert (nobody.name, nobody.message) == ("Undelivered", "Nobody is named who is to be told.")
     wanted = {"event": {"name": [UNDELIVERED]}, "resource": {"id": [f"elt.alerts.slack/{nowhere}"]}}
     events: list[Any] = []
     async with asyncio.timeout(60):
@@ -155,6 +154,26 @@ async def test_what_is_not_delivered_is_no_success(team: Deployment, client: Pre
     (event,) = events
     assert event["payload"]["alarms"] == ["the run failed"]
     assert event["payload"]["run_id"] == str(run.id)
+
+
+async def test_nobody_is_named(
+    team: Deployment, client: PrefectClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An automation tells of it, by the name of the state that it ends in. A rehearsal tells nobody."""
+    (tells,) = (one for one in read_entries() if one.name == "elt: tell of alerts that failed")
+    run = await team.run(Running(), Failed(message="Gone"))
+    nobody: State[Any] = await alert(run.id, return_state=True)
+    assert (nobody.type, nobody.message) == (StateType.FAILED, "Nobody is named who is to be told.")
+    assert f"prefect.flow-run.{nobody.name}" in tells.trigger["expect"]
+    here = await client.create_deployment(
+        await client.create_flow(somebodys_flow),
+        name=f"dev.{team.name}",
+        job_variables={"env": {PREFIX_VARIABLE: "dev."}},
+    )
+    team.id, team.name = here, f"dev.{team.name}"
+    rehearsed = await team.run(Running(), Failed(message="Gone"))
+    monkeypatch.setenv(PREFIX_VARIABLE, "dev.")
+    assert await alert(rehearsed.id) == "nothing to tell"
 
 
 async def test_another_environments_runs_are_its_own_business(
