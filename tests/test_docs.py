@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from deployments.entries import read_entries
+
 pytestmark = pytest.mark.no_server
 
 ROOT = Path(__file__).parent.parent
@@ -63,3 +65,17 @@ def test_a_unit(unit: Path, tmp_path: Path) -> None:
         here.write_text(unit.read_text().replace(program, shutil.which("true") or program))
         found = subprocess.run([analyze, "verify", str(here)], capture_output=True, text=True, timeout=60)  # noqa: S603
         assert (found.returncode, found.stderr) == (0, "")
+
+
+def test_what_services_can_not_compile() -> None:
+    """They may not write into the checkout: the page has what they import compiled when it is installed."""
+    (block, *_) = _SHELL.findall((ROOT / "docs/services.md").read_text())
+    assert "make -C /opt/elt setup PYTHONDONTWRITEBYTECODE=1" in block  # the Makefile then has uv compile
+    (folders,) = re.findall(r"-m compileall -q (.+)", block)
+    assert {*folders.split()} == {f"/opt/elt/{name}" for name in ("blocks", "deployments", "flows", "tasks")}
+
+
+def test_how_many_deployments_there_are() -> None:
+    """What the page shows of `make deploy` is what it says."""
+    said = re.findall(r"(\d+) deploy(?:ed,|ments are)", (ROOT / "docs/deploying.md").read_text())
+    assert [int(number) for number in said] == [len(read_entries())] * 2
