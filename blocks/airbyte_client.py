@@ -91,6 +91,11 @@ class AirbyteClient:
         """The Config API of the same server; None in the Cloud, which has none for its users."""
         return None if self._server.in_cloud else self._of(ConfigApi)
 
+    @property
+    def may_explain(self) -> bool:
+        """Whether details that did not come may come another time."""
+        return math.isfinite(self._explains_from)
+
     async def explain(self, job: Job) -> Job:
         """The job with its attempts and their failures, its streams and rejected rows, where they can be had.
 

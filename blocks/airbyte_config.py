@@ -18,6 +18,7 @@ from blocks.airbyte_model import (
     PAGE,
     AirbyteApi,
     Attempt,
+    Changed,
     Connection,
     Failure,
     Job,
@@ -25,9 +26,10 @@ from blocks.airbyte_model import (
     RefreshMode,
     Stream,
     StreamStats,
+    id_of,
 )
 from blocks.http import AuthError, NotFoundError, VendorError
-from blocks.replies import all_of, readable
+from blocks.replies import all_of, readable, sorted_out
 
 _TYPES = {"sync": "sync", "reset_connection": "reset", "clear": "clear", "refresh": "refresh"}
 _OLD_TYPES = ("sync", "reset_connection")  # all that servers of 2023 know, and another word is an error there
@@ -221,9 +223,17 @@ class ConfigApi(AirbyteApi):
             if len(reply.jobs) < PAGE:
                 return
 
-    async def jobs_changed(self, since: datetime) -> list[Job]:
+    async def jobs_changed(self, since: datetime) -> Changed:
         """`POST /jobs/list_for_workspaces`; where the server has none, the newest of each connection."""
         found: dict[str, Job] = {}
+        unreadable: set[str] = set()
+
+        def sort(reply: _Jobs) -> None:
+            infos, left_out = sorted_out(reply.jobs, _INFO)
+            found.update((info.job.id, _job(info)) for info in infos)
+            rows = (row.get("job") if isinstance(row, dict) else None for row in left_out)
+            unreadable.update(id_of(row, "id") for row in rows)
+
         body: dict[str, Any] = {
             "workspaceIds": self._workspaces or await self._all_workspaces(),
             "updatedAtStart": since.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
@@ -239,13 +249,13 @@ class ConfigApi(AirbyteApi):
             except NotFoundError:
                 self._lists_workspaces = False
                 break
-            found |= {job.id: job for job in _jobs(reply)}
+            sort(reply)
             full, offset = len(reply.jobs) == PAGE, offset + PAGE
         if not self._lists_workspaces:
             for connection in await self.connections():
-                found |= {job.id: job for job in _jobs(await self._newest(connection.id, retry=True))}
+                sort(await self._newest(connection.id, retry=True))
         since = since.replace(microsecond=0)
-        return [job for job in found.values() if job.ended_at >= since]
+        return Changed([job for job in found.values() if job.ended_at >= since], unreadable)
 
     async def _newest(self, connection_id: str, *, retry: bool) -> _Jobs:
         body = {"configId": connection_id, "pagination": {"pageSize": 20, "rowOffset": 0}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -163,6 +163,19 @@ class Job(BaseModel):
         return same.get(self.type, self.type) == same.get(operation, operation)
 
 
+class Changed(NamedTuple):
+    """Jobs that have changed, and the ids of those that can't be read; `?` for one without an id."""
+
+    jobs: list[Job]
+    unreadable: set[str]
+
+
+def id_of(row: Any, name: str) -> str:
+    """The id of a job that can't be read otherwise; `?` where it has none."""
+    value = row.get(name) if isinstance(row, dict) else None
+    return str(value)[:64] if isinstance(value, int | str) and value != "" else "?"
+
+
 class AirbyteApi(ApiClient, ABC):
     """The calls that running jobs needs, whichever of Airbyte's APIs they go to."""
 
@@ -247,8 +260,11 @@ class AirbyteApi(ApiClient, ABC):
         """
 
     @abstractmethod
-    async def jobs_changed(self, since: datetime) -> list[Job]:
-        """All jobs of the workspaces that have changed since a time, by Airbyte's clock; of every kind."""
+    async def jobs_changed(self, since: datetime) -> Changed:
+        """All jobs of the workspaces that have changed since a time, by Airbyte's clock; of every kind.
+
+        One that can't be read hides no other, and is named.
+        """
 
     @abstractmethod
     async def cancel_job(self, job_id: str) -> Job:

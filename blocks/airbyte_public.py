@@ -11,9 +11,9 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
-from blocks.airbyte_model import PAGE, AirbyteApi, Connection, Job, Operation
+from blocks.airbyte_model import PAGE, AirbyteApi, Changed, Connection, Job, Operation, id_of
 from blocks.http import VendorError
-from blocks.replies import all_of, readable
+from blocks.replies import all_of, readable, sorted_out
 
 _NEWEST_FIRST = "createdAt|DESC"  # must be said: left out, the API answers with the oldest
 # Servers before 2026-02 list only syncs and resets, unless they are asked for another kind by name.
@@ -102,9 +102,10 @@ class PublicApi(AirbyteApi):
             if len(reply.data) < PAGE:
                 return
 
-    async def jobs_changed(self, since: datetime) -> list[Job]:
+    async def jobs_changed(self, since: datetime) -> Changed:
         """`GET /jobs` of the workspaces, once for each kind that has to be named."""
         found: dict[str, Job] = {}
+        unreadable: set[str] = set()
         for job_type in _JOB_TYPES[None]:
             # Newest first: what changes between two pages moves to the front, and none is passed over.
             params: dict[str, Any] = {
@@ -122,9 +123,11 @@ class PublicApi(AirbyteApi):
                     if job_type is None or error.status not in (400, 422):
                         raise
                     break  # an old server, which has no such kind
-                found |= {job.id: job for job in readable(reply.data, _JOB)}
+                jobs, left_out = sorted_out(reply.data, _JOB)
+                found |= {job.id: job for job in jobs}
+                unreadable |= {id_of(row, "jobId") for row in left_out}
                 full, offset = len(reply.data) == PAGE, offset + PAGE
-        return list(found.values())
+        return Changed(list(found.values()), unreadable)
 
     async def cancel_job(self, job_id: str) -> Job:
         """`DELETE /jobs/{id}`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from datetime import datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
@@ -83,11 +82,19 @@ def readable(items: Sequence[Any], kind: TypeAdapter[ModelT]) -> list[ModelT]:
     wrong with it. Not where a job is looked for that may have been started: there, missing means it was not,
     and `all_of` is asked.
     """
+    return sorted_out(items, kind)[0]
+
+
+def sorted_out(items: Sequence[Any], kind: TypeAdapter[ModelT]) -> tuple[list[ModelT], list[Any]]:
+    """Those that are what the API promises, and those that are not, for who must say what was left out."""
     found: list[ModelT] = []
+    left_out: list[Any] = []
     for item in items:
-        with suppress(ValidationError):
+        try:
             found.append(kind.validate_python(item))
-    return found
+        except ValidationError:
+            left_out.append(item)
+    return found, left_out
 
 
 def all_of(vendor: str, items: Sequence[Any], kind: TypeAdapter[ModelT]) -> list[ModelT]:

@@ -206,13 +206,22 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
         Raises:
             NotFoundError: There is none with this id.
         """
+        return (await self.look_closely(job_id))[0]
+
+    async def look_closely(self, job_id: str) -> tuple[tuple[JobHandle, AirbyteRequest, JobStatus], bool]:
+        """The same, and whether that is all: else it may be told later that only a part has landed.
+
+        Raises:
+            NotFoundError: There is none with this id.
+        """
         async with self._connect() as client:
             api = await client.api()
             job = await api.job(job_id)
             connection = await api.connection(job.connection_id)
             job = await self._explain(client, api, job)
+            whole = job.status != "succeeded" or job.attempts is not None or not client.may_explain
         request = AirbyteRequest(connection.id, job.type, connection.name, connection.owner)
-        return self._handle(job, connection, ""), request, _status(job)
+        return (self._handle(job, connection, ""), request, _status(job)), whole
 
     def _handle(self, job: Job, connection: Connection, marker: str) -> JobHandle:
         return JobHandle(

@@ -9,6 +9,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from prefect.client.orchestration import PrefectClient, get_client
 from pydantic import SecretStr
 
 from blocks import AirbyteServer, airbyte_config, airbyte_public
@@ -16,13 +17,17 @@ from blocks.airbyte_model import AirbyteApi
 from blocks.errors import VendorError
 from blocks.receiver import AirbyteWebhook
 from deployments.receiver.airbyte import AirbyteSource
-from flows import looking
+from flows import looking, sync_connections
 from flows.looking import airbyte_ended
 from sandbox import Sandbox
+from sandbox.airbyte_jobs import Job as SandboxJob
+from tasks.airbyte import AirbyteSync
 from tasks.events import HandOverError
+from tasks.jobs import JobPolicy
+from tasks.jobs.journal import ARTIFACT_KEY
 from tasks.looking import airbyte as airbyte_look
-from tasks.looking.airbyte import JobsLook, WatchedJobs, look_at_jobs
-from tasks.looking.memory import ArtifactMemory
+from tasks.looking.airbyte import JobsLook, Remembered, WatchedJobs, look_at_jobs
+from tasks.looking.memory import ArtifactMemory, memory_name, owner
 from tests.airbyte_fixtures import server
 from tests.jobs_fixtures import PREFECTS_SOCKETS, collected, until
 from tests.looking_fixtures import Target, target
@@ -76,6 +81,14 @@ class Watched:
                 client, Sent(f"{source.path}/{URL_SECRET.get_secret_value()}", as_json({"data": data}))
             )
         assert reply.status_code == 200, reply.text
+
+    async def remembered(self) -> Remembered:
+        """What the last look has kept."""
+        async with get_client() as client:
+            key = memory_name("airbyte-ended", self.name, owner())
+            kept = await ArtifactMemory(client, key, Remembered).read()
+        assert kept is not None
+        return kept
 
     def jobs(self) -> list[tuple[str, str]]:
         """Job and operation of each run's event."""
@@ -262,6 +275,143 @@ async def test_a_job_of_which_only_a_part_has_landed(
     await watched.look()
     (run,) = target.runs()
     assert run.labels["elt.event.name"] == "elt.airbyte.job.partial"
+
+
+async def partial(watched: Watched) -> tuple[int, str]:
+    """A job of which only a part has landed, and its connection."""
+    (connection,) = watched.connections(1)
+    watched.sandbox.airbyte.set(connection, outcome="partial", duration=0.1)
+    job = watched.sandbox.airbyte.start(connection, "sync")
+    await until(lambda: job.status == "succeeded")
+    return job.job_id, connection
+
+
+def without_details(sandbox: Sandbox) -> None:
+    """The Config API can't tell now what became of a job."""
+    sandbox.faults.add(kind="status", vendor="airbyte", path="/jobs/get_without_logs$", status=400)
+
+
+async def test_details_that_only_the_look_was_told(watched: Watched) -> None:
+    """`succeeded` to the receiver, `partial` to the look: it is one event, and starts one run."""
+    job, connection = await partial(watched)
+    without_details(watched.sandbox)
+    await watched.told(job, connection)
+    watched.sandbox.faults.clear()
+    assert (await watched.look()).jobs == 1
+    (run,) = watched.target.runs()
+    assert run.labels["elt.event.name"] == "elt.airbyte.job.succeeded"
+
+
+async def test_details_that_are_late(watched: Watched) -> None:
+    """While it can't be told whether all has landed a look waits, and another job's end is told."""
+    await partial(watched)
+    without_details(watched.sandbox)
+    (other,) = watched.connections(1)
+    (cancelled,) = await watched.ended(other, how="cancelled")
+    assert (await watched.look()).jobs == 1
+    assert watched.jobs() == [(str(cancelled), "sync")]
+    watched.sandbox.faults.clear()
+    assert (await watched.look()).jobs == 1
+    names = {run.labels["elt.event.name"] for run in watched.target.runs()}
+    assert names == {"elt.airbyte.job.cancelled", "elt.airbyte.job.partial"}
+
+
+async def test_details_that_never_come(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the overlap has passed the job is told by Airbyte's own word."""
+    await partial(watched)
+    without_details(watched.sandbox)
+    assert (await watched.look()).jobs == 0
+    later = datetime.now(UTC) + timedelta(minutes=6)
+    monkeypatch.setattr(AirbyteApi, "theirs", lambda *_: later)
+    assert (await watched.look()).jobs == 1
+    (run,) = watched.target.runs()
+    assert run.labels["elt.event.name"] == "elt.airbyte.job.succeeded"
+
+
+@pytest.mark.parametrize("overlap", [0, 300])
+async def test_a_job_that_may_not_be_read(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch, overlap: int
+) -> None:
+    """It holds up no other, in its slice or after it; it fails the look, and is told as soon as it can be."""
+    monkeypatch.setattr(airbyte_look, "_SLICE", 2)
+    forbidden, *others = watched.connections(4)
+    (first,) = await watched.ended(forbidden)
+    jobs = await watched.ended(*others)
+    path = f"/connections/{forbidden}$"
+    watched.sandbox.faults.add(kind="status", vendor="airbyte", path=path, status=403)
+    for _ in range(2):
+        with pytest.raises(VendorError):
+            await watched.look(overlap=overlap)
+        assert watched.jobs() == sorted((str(job), "sync") for job in jobs)
+    watched.sandbox.faults.clear()
+    assert (await watched.look(overlap=overlap)).jobs == 1
+    assert watched.jobs() == sorted((str(job), "sync") for job in [first, *jobs])
+
+
+@pytest.mark.parametrize(("api", "reply"), [("public", "reply"), ("config", "config_reply")])
+async def test_a_row_that_cannot_be_read(
+    sandbox: Sandbox,
+    target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    api: str,
+    reply: str,
+) -> None:
+    """It stops no other job, is named, and the next looks do not begin after it; in the end they do."""
+    watched = await watched_at(sandbox, target, server(sandbox, api))
+    one, two = watched.connections(2)
+    (bad,) = await watched.ended(one)
+    (good,) = await watched.ended(two)
+    whole = getattr(SandboxJob, reply)
+
+    def broken(job: SandboxJob, **how: Any) -> dict[str, Any]:
+        document: dict[str, Any] = whole(job, **how)
+        return {**document, "status": None} if job.job_id == bad else document
+
+    with monkeypatch.context() as unreadable, caplog.at_level("WARNING"):
+        unreadable.setattr(SandboxJob, reply, broken)
+        assert (await watched.look()).jobs == 1
+    assert watched.jobs() == [(str(good), "sync")]
+    assert f"Airbyte job {bad} can't be read" in caplog.text
+    kept = await watched.remembered()
+    assert list(kept.unreadable) == [str(bad)]
+    assert kept.since == kept.began
+    with monkeypatch.context() as unreadable:
+        unreadable.setattr(SandboxJob, reply, broken)
+        await watched.look(overlap=0)
+    moved = await watched.remembered()
+    assert moved.since > moved.began
+    assert (await watched.look()).jobs == 1
+    assert not (await watched.remembered()).unreadable
+    assert watched.jobs() == sorted((str(job), "sync") for job in (bad, good))
+
+
+def test_whose_jobs_they_are(
+    sandbox: Sandbox, target: Target, airbyte: AirbyteServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The journals that tell our jobs from others' are read once a look, not once a job."""
+    name = f"w{uuid4().hex[:8]}"
+    AirbyteWebhook(url_secret=URL_SECRET, server=airbyte).save(name)
+    watched = Watched(sandbox, target, AirbyteWebhook.load(name), name)
+    connection, *others = watched.connections(4)
+    sandbox.airbyte.set(connection, duration=0.1)
+    sync = AirbyteSync(server=airbyte, connection_id=connection, policy=JobPolicy(poll=0.1))
+    state = sync_connections(syncs=[sync], return_state=True)
+    asyncio.run(watched.ended(*others))
+    (ours,) = sandbox.airbyte.jobs_of(connection)
+    read, asked = PrefectClient.read_artifacts, 0
+
+    async def counted(client: PrefectClient, **what: Any) -> Any:
+        nonlocal asked
+        asked += what["artifact_filter"].key.any_ == [ARTIFACT_KEY] and not what.get("offset")
+        return await read(client, **what)
+
+    monkeypatch.setattr(PrefectClient, "read_artifacts", counted)
+    assert asyncio.run(watched.look()).jobs == 4
+    assert asked == 1
+    started = {one["job_id"]: one["started_by_flow_run"] for one in target.payloads()}
+    assert started.pop(str(ours.job_id)) == str(state.state_details.flow_run_id)
+    assert set(started.values()) == {None}
 
 
 def test_the_flow(

@@ -54,6 +54,7 @@ def test_an_identity_that_outlives_replays() -> None:
     assert one.id == again.id
     assert str(an_event("x", name="elt.test.a").id) == "d4a57805-1804-5df0-b91d-35e778cc16bc"
     assert an_event("x", name="elt.test.b").id != an_event("x", name="elt.test.a").id
+    assert an_event("x", name="elt.test.b", known_as="elt.test.a").id == an_event("x", name="elt.test.a").id
 
 
 @pytest.mark.no_server

@@ -90,12 +90,16 @@ class EltEvent(BaseModel):
     """Something that has happened outside, once, however often it is told.
 
     Two events with the same name and key are one: they have the same id, and start each of their runs once.
+    Where the name says more than every reading of the sender tells, `known_as` stands for it in that.
     """
 
     model_config = ConfigDict(frozen=True)
 
     name: EventName = Field(description="What happened: `elt.<tool>.<thing>.<what>`.")
     key: Text = Field(description="The sender's own identity of this, such as `s3:bucket/key@etag`.")
+    known_as: EventName | None = Field(
+        default=None, description="The name that the identity is made of; by default the event's own."
+    )
     occurred: AwareDatetime = Field(description="When it happened, by the sender's clock.")
     resource_id: Text = Field(description="What it happened to, such as `elt.airbyte.connection.<id>`.")
     resource_name: str = Field(default="", description="That thing's name for people.")
@@ -110,7 +114,7 @@ class EltEvent(BaseModel):
     @cached_property
     def id(self) -> UUID:
         """The event's id, the same for every replay."""
-        return uuid5(_OURS, f"{self.name}\n{self.key}")
+        return uuid5(_OURS, f"{self.known_as or self.name}\n{self.key}")
 
     @property
     def label(self) -> str:

@@ -6,7 +6,8 @@ whether the vendor's own scheduler, or a person, had started it.
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from datetime import datetime, timedelta
 from uuid import UUID
 
@@ -16,6 +17,9 @@ from prefect.client.schemas.objects import Artifact
 from prefect.client.schemas.sorting import ArtifactSort
 
 from tasks.jobs.journal import ARTIFACT_KEY, Entry, entries_of
+
+JobKey = tuple[str, str, str]
+"""Vendor, resource and job id, as in a handle."""
 
 _PAGE = 50
 _CLOCKS = timedelta(minutes=5)  # by which the vendor's clock and the Prefect server's may differ
@@ -33,22 +37,43 @@ async def started_by_us(
         job_id: The vendor's id of the job.
         began: When the job began, or a time before that: older journals are not read.
     """
-    journals = ArtifactFilter(key=ArtifactFilterKey(any_=[ARTIFACT_KEY]))
-    wanted, read = (vendor, resource_id, job_id), 0
+    wanted = (vendor, resource_id, job_id)
+    async with aclosing(_journalled(client, began)) as journalled:
+        async for key, flow_run in journalled:
+            if key == wanted:
+                return flow_run
+    return None
+
+
+async def started_since(client: PrefectClient, began: datetime) -> dict[JobKey, UUID | None]:
+    """The flow runs of all jobs that were ours since a time, for whoever asks after many.
+
+    Args:
+        client: Of the Prefect server.
+        began: When the first of the jobs began.
+    """
+    found: dict[JobKey, UUID | None] = {}
+    async with aclosing(_journalled(client, began)) as journalled:
+        async for key, flow_run in journalled:
+            found.setdefault(key, flow_run)
+    return found
+
+
+async def _journalled(client: PrefectClient, began: datetime) -> AsyncGenerator[tuple[JobKey, UUID | None]]:
+    journals, read = ArtifactFilter(key=ArtifactFilterKey(any_=[ARTIFACT_KEY])), 0
     while True:
         page = await client.read_artifacts(
             artifact_filter=journals, sort=ArtifactSort.UPDATED_DESC, limit=_PAGE, offset=read
         )
         for artifact in page:
             if artifact.updated and artifact.updated < began - _CLOCKS:
-                return None  # it was written for the last time before the job began
+                return  # it was written for the last time before the job began
             for entry in _entries(artifact):
-                handle = entry.handle
-                if handle and (handle.vendor, handle.resource_id, handle.job_id) == wanted:
-                    return artifact.flow_run_id
+                if handle := entry.handle:
+                    yield (handle.vendor, handle.resource_id, handle.job_id), artifact.flow_run_id
         read += len(page)
         if len(page) < _PAGE:
-            return None
+            return
 
 
 def _entries(artifact: Artifact) -> list[Entry]:

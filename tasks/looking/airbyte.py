@@ -5,15 +5,17 @@ jobs have changed since the last one, and hands over the same events that the re
 has come both ways starts its runs once. A cancelled job, of which there is no notification, is told, too.
 
 What was handed over is written down after that. A look that died in between hands over the same events
-again, which start nothing twice.
+again, which start nothing twice. A job that can't be read holds up no other, and is looked at again.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Annotated
+from uuid import UUID
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
@@ -22,13 +24,14 @@ from prefect.logging import get_run_logger
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from blocks.airbyte_model import Job
-from blocks.errors import NotFoundError
+from blocks.errors import NotFoundError, VendorError
 from blocks.receiver import AirbyteWebhook
 from blocks.reference import NAMED, NamesBlock, load_block
 from tasks.airbyte_ended import ended_event
 from tasks.airbyte_jobs import AirbyteVendor
 from tasks.events import EltEvent, HandOverError, OnceTrigger, hand_over
 from tasks.jobs import tag_run, without_traceback
+from tasks.jobs.started import JobKey, started_since
 from tasks.looking.memory import ArtifactMemory, MemoryUnreadable, memory_name, owner
 
 _SLICE = 20  # jobs between two writes of the memory: what a kill can cost is to hand over these again
@@ -55,7 +58,8 @@ class WatchedJobs(BaseModel):
         ge=0,
         title="Overlap",
         description="How many seconds before the last job's end are looked at again, for jobs that Airbyte "
-        "lists late.",
+        "lists late, and for how long a job is waited for that can't be read, or of which it is not told yet "
+        "whether all of it has landed.",
     )
 
     @property
@@ -85,13 +89,15 @@ class Remembered(BaseModel):
 
     Attributes:
         began: What ended before this is not told.
-        since: The end of the last job that was handed over.
+        since: Up to here what has ended was handed over.
         handed: Jobs that were, with their ends: those of the overlap.
+        unreadable: Jobs that can't be read in Airbyte's list, with when that was first seen.
     """
 
     began: datetime
     since: datetime
     handed: dict[str, datetime] = {}
+    unreadable: dict[str, datetime] = {}
 
 
 @task(name="airbyte-ended", task_run_name="look at {what.webhook}", cache_policy=NO_CACHE)
@@ -106,7 +112,7 @@ async def look_at_jobs(what: WatchedJobs, triggers: Sequence[OnceTrigger]) -> Jo
         What came of it.
 
     Raises:
-        VendorError: Airbyte can't be asked. What was handed over until then is not again.
+        VendorError: Airbyte can't be asked, or not of one of the jobs; then the others were handed over.
         HandOverError: The Prefect server did not take everything; the next look goes on.
         MemoryUnreadable: What earlier looks have kept can't be read.
         BlockNotFound: The webhook is not a saved block.
@@ -120,43 +126,80 @@ async def look_at_jobs(what: WatchedJobs, triggers: Sequence[OnceTrigger]) -> Jo
         memory = ArtifactMemory(client, key, Remembered)
         kept, now = await memory.read(), datetime.now(UTC)
         overlap = timedelta(seconds=what.overlap)
-        changed = await api.jobs_changed((kept.since if kept else what.since or now) - overlap)
+        changed, unreadable = await api.jobs_changed((kept.since if kept else what.since or now) - overlap)
         if kept is None:
             # After the list, whose reply shows what Airbyte's clock says.
             began = what.since or api.theirs(now).replace(microsecond=0) - 2 * _SECOND
             kept = Remembered(began=began, since=began)
         ended = sorted((job for job in changed if job.ended), key=lambda job: job.ended_at)
         new = [job for job in ended if job.ended_at >= kept.began and job.id not in kept.handed]
-        vendor, runs = AirbyteVendor(block.server), 0
+        kept.unreadable = {id_: kept.unreadable.get(id_, now) for id_ in unreadable}
+        for id_ in sorted(unreadable):
+            log.warning("Airbyte job %s can't be read in Airbyte's list: it is not told.", id_)
+        ours = await started_since(client, min(job.created_at for job in new)) if new else {}
+        teller = _Teller(what.source, AirbyteVendor(block.server), client, ours, api.theirs(now) - overlap)
+        told, runs, errors = 0, 0, list[Exception]()
+        open_ = list[datetime]()  # when those ended that are to be looked at again
         for first in range(0, len(new), _SLICE):
             some = new[first : first + _SLICE]
-            events = await asyncio.gather(*(_event(what.source, vendor, job, client) for job in some))
-            taken = await hand_over([event for event in events if event], triggers, client)
+            found = await asyncio.gather(*(teller.events(job) for job in some), return_exceptions=True)
+            events: list[EltEvent] = []
+            done: dict[str, datetime] = {}
+            for job, one in zip(some, found, strict=True):
+                if isinstance(one, list):
+                    events += one
+                    done[job.id] = job.ended_at
+                    continue
+                open_.append(job.ended_at)
+                if isinstance(one, Exception):
+                    why = one if isinstance(one, VendorError) else type(one).__name__
+                    log.error("Airbyte job %s is not told yet: %s", job.id, why)
+                    errors.append(one)
+                elif one is not None:
+                    raise one
+            taken = await hand_over(events, triggers, client)
+            told += len(done)
             runs += sum(len(one.runs) for one in taken)
-            kept.handed |= {job.id: job.ended_at for job in some}
+            kept.handed |= done
             await _keep(memory, what, kept)
-        if ended and (last := ended[-1].ended_at) > kept.since:
-            kept.since = last
+        if ended and all(seen + overlap <= now for seen in kept.unreadable.values()):
+            kept.since = max(kept.since, min([ended[-1].ended_at, *(at - _SECOND for at in open_)]))
         # A second more than is asked for again, because that is asked for in whole seconds.
         kept.handed = {id_: at for id_, at in kept.handed.items() if at >= kept.since - overlap - _SECOND}
         await _keep(memory, what, kept)
-    if new and not runs:
+    if errors:
+        raise errors[0]
+    if told and not runs:
         log.warning("No run was started: no once_triggers of a deployment cover these events.")
-    message = f"{len(new):,} jobs that have ended, {runs:,} runs" if new else "no other job has ended"
+    message = f"{told:,} jobs that have ended, {runs:,} runs" if told else "no other job has ended"
     log.info("%s: %s; what was handed over is kept in the artifact %s", what.source, message, key)
-    return JobsLook(jobs=len(new), runs=runs, message=message)
+    return JobsLook(jobs=told, runs=runs, message=message)
 
 
-async def _event(source: str, vendor: AirbyteVendor, job: Job, client: PrefectClient) -> EltEvent | None:
-    try:
-        found = await vendor.look_up(job.id)
-    except NotFoundError:
-        # To fail over it would hide every later job.
-        get_run_logger().warning(
-            "Airbyte job %s of connection %s is not told: its connection is gone.", job.id, job.connection_id
-        )
-        return None
-    return await ended_event(source, found, client, occurred=job.ended_at)
+@dataclass(frozen=True)
+class _Teller:
+    source: str
+    vendor: AirbyteVendor
+    client: PrefectClient
+    ours: Mapping[JobKey, UUID | None]
+    patient_from: datetime
+
+    async def events(self, job: Job) -> list[EltEvent] | None:
+        """What is told of a job; None where that is to be found out by a later look."""
+        try:
+            found, whole = await self.vendor.look_closely(job.id)
+        except NotFoundError:
+            get_run_logger().warning(
+                "Airbyte job %s of connection %s is not told: its connection is gone.",
+                job.id,
+                job.connection_id,
+            )
+            return []
+        if not whole and job.ended_at > self.patient_from:
+            get_run_logger().info("Airbyte job %s: its details did not come; it is told later.", job.id)
+            return None
+        event = await ended_event(self.source, found, self.client, occurred=job.ended_at, ours=self.ours)
+        return [event] if event else []
 
 
 async def _keep(memory: ArtifactMemory[Remembered], what: WatchedJobs, kept: Remembered) -> None:
