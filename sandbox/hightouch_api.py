@@ -222,7 +222,7 @@ class HightouchApi:
         offset = int(_number(request, "offset", 0) or 0)
         if limit < 0 or offset < 0:
             raise _invalid("limit", "must not be negative")
-        data = {"data": found[offset : offset + limit]}
+        data: dict[str, Any] = {"data": found[offset : offset + limit]}
         return data if old else {"hasMore": len(found) > offset + limit, **data}
 
     def _sync(self, request: Request) -> Sync:
