@@ -10,6 +10,7 @@ and activation that the project names in its `meta` is one that a deployment run
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import json
 import os
@@ -32,8 +33,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from flows.parameters import Activation, Sync
 from tasks.dbt.lineage import Lineage, LineageNode
-from tasks.dbt.model import DbtCore
-from tasks.dbt.packages import missing_packages
+from tasks.dbt.model import DbtCore, DbtError
+from tasks.dbt.packages import install_packages
 from tasks.jobs import Parameters
 from tasks.tools import TOOLS
 
@@ -66,8 +67,11 @@ class DbtProject:
 
     def parse(self) -> str:
         """Parse it; what is wrong is in dbt's own words."""
-        if missing_packages(DbtCore(project_dir=self.folder))[1]:
-            self._dbt("deps")
+        dbt = DbtCore(project_dir=self.folder, env={"DBT_LOG_PATH": str(self.target)})
+        try:
+            asyncio.run(install_packages(dbt))
+        except DbtError as error:
+            raise Failed(str(error)) from None
         result = self._dbt("parse")
         self.manifest = result
         self.lineage = Lineage.from_manifest(json.loads((self.target / "manifest.json").read_text()))
@@ -124,8 +128,7 @@ class DbtProject:
     def _dbt(self, *command: str) -> Any:
         profiles = DbtCore(project_dir=self.folder).find_profiles_dir()
         folders = ["--project-dir", str(self.folder), "--profiles-dir", str(profiles)]
-        folders += ["--log-path", str(self.target)]
-        folders += ["--target-path", str(self.target)] if command != ("deps",) else []
+        folders += ["--log-path", str(self.target), "--target-path", str(self.target)]
         # dbt names what it does on stdout; only what we make of it is of interest.
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):  # noqa: PTH123
             done = dbtRunner(manifest=self.manifest).invoke([*command, "--quiet", *folders])

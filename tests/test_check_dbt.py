@@ -13,6 +13,7 @@ import pytest
 
 from deployments.check_dbt import ANY, DbtProject, Failed, ids, known_ids
 from tasks.dbt.lineage import Lineage, LineageNode
+from tasks.dbt.packages import UNFINISHED
 
 ROOT = Path(__file__).parent.parent
 PREFECT_FILE = ROOT / "deployments" / "prefect.yaml"
@@ -42,7 +43,8 @@ def test_the_stage_passes() -> None:
 def test_every_mistake_is_named(tmp_path: Path) -> None:
     """One mistake does not hide the next: each check says its own.
 
-    The profiles may lie in another folder, where dbt is told to look for them. Packages are installed.
+    The profiles may lie in another folder, where dbt is told to look for them. Packages are installed, also
+    where that had broken off.
     """
     project = tmp_path / "dbt"
     shutil.copytree(ROOT / "sandbox" / "dbt", project, ignore=shutil.ignore_patterns("target", "logs"))
@@ -64,6 +66,8 @@ def test_every_mistake_is_named(tmp_path: Path) -> None:
     (tmp_path / "paints").mkdir()
     (tmp_path / "paints" / "dbt_project.yml").write_text("{name: paints, version: '1.0'}")
     (project / "packages.yml").write_text("packages: [{local: ../paints}]")
+    (project / "dbt_packages" / "paints").mkdir(parents=True)
+    (project / UNFINISHED).touch()
     profiles = tmp_path / "profiles" / "profiles.yml"
     profiles.parent.mkdir()
     (project / "profiles.yml").rename(profiles)

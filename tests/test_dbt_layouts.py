@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State, StateType
 
 from flows import build_project, full_refresh, smoke_test, source_freshness
 from tasks.dbt.folders import led_out, outside, target_of
+from tasks.dbt.packages import UNFINISHED
 from tasks.dbt_core import DbtBuildFailed, DbtCore, DbtError, DbtInputError, DbtResult, DbtState, check_dbt
 from tests.dbt_project import Project, dbt_starts
 from tests.flows_fixtures import task_runs
@@ -273,11 +274,41 @@ class TestPackages:
         assert [request["mode"] for request in dbt_starts] == ["deps"] * 3
 
     @pytest.mark.no_server
-    @pytest.mark.usefixtures("paints")
-    async def test_an_installation_ends_in_time(
-        self, plain: Project, monkeypatch: pytest.MonkeyPatch
+    async def test_one_that_broke_off_is_repaired(
+        self, plain: Project, paints: Path, dbt_starts: list[Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """One that hangs is stopped, and the sentence says after how long."""
+        """By the next attempt, and by the next run, though there are as many folders as were declared."""
+        monkeypatch.setattr("tasks.dbt.packages._PAUSE", 0.0)
+        monkeypatch.setattr("tasks.dbt.checks._USERS_ERRORS", frozenset())  # as if a network were away
+        brushes = paints.with_name("brushes")
+        (brushes / "models").mkdir(parents=True)
+        (brushes / "dbt_project.yml").write_text("{name: brushes, version: '1.0'}")
+        (brushes / "models/brush.sql").write_text("select 3 as id")
+        (paints / "packages.yml").write_text("packages: [{local: ../brushes}]")
+        (paints / "models/mixed.sql").write_text("select * from {{ ref('brush') }}")
+        await check_dbt(plain.core())  # leaves a lock file, which projects have in Git
+        shutil.rmtree(plain.folder / "dbt_packages")
+        dbt_starts.clear()
+        brushes.rename(brushes.with_name("away"))
+        with pytest.raises(DbtError, match=r"could not be installed: dbt deps could not run: .*brushes"):
+            await check_dbt(plain.core())
+        assert [path.name for path in (plain.folder / "dbt_packages").iterdir()] == ["paints"]
+        brushes.with_name("away").rename(brushes)
+        for _ in range(2):
+            await check_dbt(plain.core())
+        assert [request["mode"] for request in dbt_starts] == [*["deps"] * 4, "plan", "plan"]
+        assert not (plain.folder / UNFINISHED).exists()
+
+    @pytest.mark.no_server
+    @pytest.mark.usefixtures("paints")
+    @pytest.mark.parametrize("begun", [False, True])
+    async def test_an_installation_ends_in_time(
+        self, plain: Project, begun: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """One that hangs is stopped, and the sentence says after how long; another's is waited for, too."""
+        if begun:
+            plain.write(UNFINISHED, "")
+            plain.write("dbt_packages/paints/dbt_project.yml", "")
         monkeypatch.setattr("tasks.dbt.packages.LIMIT", 0.5)
         lock = outside(plain.core()) / "packages.lock"
         lock.parent.mkdir(parents=True)
@@ -285,7 +316,7 @@ class TestPackages:
             fcntl.flock(held, fcntl.LOCK_EX)
             with pytest.raises(DbtError, match=r"could not be installed within 0\.5 s"):
                 await check_dbt(plain.core())
-        assert not (plain.folder / "dbt_packages").exists()
+        assert (plain.folder / "dbt_packages").exists() is begun
 
 
 class TestSurroundings:
@@ -358,6 +389,7 @@ class TestReadOnly:
     async def test_no_packages_are_installed_in_it(self, sealed: Project, dbt_starts: list[Any]) -> None:
         """dbt says what is missing."""
         sealed.write("packages.yml", "packages: [{local: ../paints}]")
+        sealed.write(UNFINISHED, "")
         with pytest.raises(DbtInputError, match=r'Run "dbt deps" to install'):
             await check_dbt(sealed.core())
         assert [request["mode"] for request in dbt_starts] == ["plan"]

@@ -427,13 +427,21 @@ def packages_in(folder: Path) -> int:
 
 
 def deps(request: dict[str, Any], reporter: Reporter) -> None:
-    """`dbt deps`, one at a time: it deletes what another would just have installed."""
+    """`dbt deps`, one at a time: it deletes what another would just have installed.
+
+    A file stands in the project until it has succeeded: one that breaks off may leave folders enough, for dbt
+    also installs what the packages need.
+    """
+    unfinished = Path(request["unfinished"])
     with open(request["lock"], "w") as lock:  # noqa: PTH123 - a file descriptor is wanted, not a path
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if packages_in(Path(request["folder"])) >= request["declared"]:
+        if packages_in(Path(request["folder"])) >= request["declared"] and not unfinished.exists():
             reporter.send(t="end", success=True, error=None)
             return
+        unfinished.touch()
         outcome = invoke(request["args"], [reporter.on_event])
+        if outcome.success:
+            unfinished.unlink(missing_ok=True)
         send_end(reporter, outcome.success, outcome.exception)
 
 

@@ -1,6 +1,7 @@
 """The packages that a dbt project declares: installed where nobody has, as on a fresh checkout.
 
-What is there is left alone, whatever its version: `dbt deps` begins by deleting it.
+What is there is left alone, whatever its version: `dbt deps` begins by deleting it. What an installation has
+left that broke off is not relied on, but installed anew.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from tasks.dbt.child import packages_in
 from tasks.dbt.folders import outside, settings_of, writable
 from tasks.dbt.model import DbtCore, DbtError, DbtInputError, json_text
 from tasks.dbt.process import DbtProcess, surroundings
+
+UNFINISHED = ".dbt-packages-unfinished"
+"""The file in the project that says that its packages are being installed, or that this has broken off."""
 
 LIMIT = 600.0  # seconds for all attempts together
 _ATTEMPTS = 3
@@ -66,12 +70,15 @@ async def install_packages(dbt: DbtCore) -> None:
 def missing_packages(dbt: DbtCore) -> tuple[Path, int]:
     """Where packages have to be installed, and how many are declared: 0 if there is nothing to do.
 
-    As dbt itself counts them before it parses a project.
+    As dbt itself counts them before it parses a project; while they are being installed, and when that has
+    broken off, they are missing, however many there are.
     """
     folder = str(settings_of(dbt).get("packages-install-path") or "dbt_packages")
     place = dbt.project / folder
     declared = sum(_declared(dbt.project / name) for name in ("packages.yml", "dependencies.yml"))
-    wanted = dbt.install_packages and "{{" not in folder and packages_in(place) < declared
+    # Counted first: what is there when the file has gone was installed to the end.
+    missing = packages_in(place) < declared or (dbt.project / UNFINISHED).exists()
+    wanted = dbt.install_packages and "{{" not in folder and missing
     # A lock file goes into the project, too.
     return place, declared if wanted and writable(dbt.project) and writable(place) else 0
 
@@ -100,6 +107,7 @@ async def _deps(dbt: DbtCore, folder: Path, declared: int) -> None:
             "lock": str(lock),
             "folder": str(folder),
             "declared": declared,
+            "unfinished": str(dbt.project / UNFINISHED),
         }
         end: dict[str, Any] | None = None
         async with DbtProcess.running(request, env=env, cwd=dbt.project) as process:
