@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import os
+import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal
 
+import psutil  # type: ignore[import-untyped]
 from prefect import task
 from prefect.cache_policies import INPUTS, NO_CACHE, RUN_ID
 from prefect.logging import get_run_logger
@@ -205,16 +209,17 @@ class ShellStep(_Step):
         """
         still_there = "kill -0 -- -$! 2> /dev/null"
         stop = (
-            f"kill -TERM -- -$!; for _ in {{1..{_STOP_PATIENCE * 10}}}; do {still_there} || exit 143; "
+            '[ -n "$!" ] || exit 143; kill -TERM -- -$!; '
+            f"for _ in {{1..{_STOP_PATIENCE * 10}}}; do {still_there} || exit 143; "
             "sleep 0.1; done; kill -KILL -- -$!"
         )
         return ShellOperation(  # noqa: S604 - running commands is what it is for
             commands=[
                 "set -m",
+                f"trap '{stop}' TERM",  # before there is anything that it would have to stop
                 "(set -eo pipefail",
                 *self.commands,
                 ") < /dev/null &",
-                f"trap '{stop}' TERM",
                 "wait $!",
             ],
             env={
@@ -375,8 +380,10 @@ def _is_async(function: Callable[..., Any]) -> bool:
 
 async def _shell(step: ShellStep, interval: DataInterval | None) -> dict[str, Any]:
     async with step.operation(interval) as operation:
-        process: ShellProcess = await operation.atrigger()
+        # Shielded: cancelled in the middle of it, prefect-shell kills bash, whose commands would stay.
+        starting: asyncio.Task[ShellProcess] = asyncio.ensure_future(operation.atrigger())
         try:
+            process = await asyncio.shield(starting)
             async with asyncio.timeout(step.timeout):
                 await process.await_for_completion()
         except RuntimeError:
@@ -387,21 +394,31 @@ async def _shell(step: ShellStep, interval: DataInterval | None) -> dict[str, An
             await _stop(process)
             raise _Failed(f"it did not end in {step.timeout:g} s and was stopped") from None
         except asyncio.CancelledError:
-            await asyncio.shield(_stop(process))
+            await asyncio.shield(_stop(await starting))
             raise
     return {}
 
 
 async def _stop(process: ShellProcess) -> None:
     running: Any = process._process  # noqa: SLF001 - prefect-shell has no public way to stop one
-    try:
+    job = _job_of(running.pid)
+    with suppress(ProcessLookupError):
         running.terminate()
-        async with asyncio.timeout(_STOP_PATIENCE + 2):
-            await running.wait()
-    except ProcessLookupError:
-        pass
-    except TimeoutError:
-        running.kill()
+        try:
+            async with asyncio.timeout(_STOP_PATIENCE + 2):
+                await running.wait()
+        except TimeoutError:
+            running.kill()
+    if job is not None:  # bash, told to end in its very first moments, may have left it
+        with suppress(ProcessLookupError):
+            os.killpg(job, signal.SIGKILL)
+
+
+def _job_of(bash: int) -> int | None:
+    """The process group of the commands, which are a job of bash's."""
+    with suppress(psutil.NoSuchProcess):
+        return next((child.pid for child in psutil.Process(bash).children()), None)
+    return None
 
 
 async def _sql(step: SqlStep, interval: DataInterval | None) -> dict[str, Any]:

@@ -161,7 +161,7 @@ def _started(pids: Path) -> list[int]:
 async def test_a_timeout_stops_what_was_started(tmp_path: Path) -> None:
     """At the timeout the commands end, and what they have started too."""
     pids = tmp_path / "pids"
-    commands = [f"sleep 60 & echo $! >> {pids}", f"bash -c 'echo $$ >> {pids}; sleep 60; true'"]
+    commands = [f"sleep 600 & echo $! >> {pids}", f"bash -c 'echo $$ >> {pids}; sleep 600; true'"]
     result = await failed(ShellStep(commands=commands, timeout=5))
     assert result.message == "it did not end in 5 s and was stopped"
     assert len(_started(pids)) == 2
@@ -179,7 +179,7 @@ async def test_a_timeout_waits_for_the_end(tmp_path: Path) -> None:
 async def test_a_timeout_of_what_will_not_end(tmp_path: Path) -> None:
     """What does not end when it is told to is killed before the step is said to have been stopped."""
     pids = tmp_path / "pids"
-    deaf = f"trap '' TERM; echo $BASHPID > {pids}; sleep 60; echo survived"
+    deaf = f"trap '' TERM; echo $BASHPID > {pids}; sleep 600; echo survived"
     result = await failed(ShellStep(commands=[deaf], timeout=5))
     assert result.message == "it did not end in 5 s and was stopped"
     assert [_alive(pid) for pid in _started(pids)] == [False]
@@ -188,7 +188,7 @@ async def test_a_timeout_of_what_will_not_end(tmp_path: Path) -> None:
 async def test_cancelling_stops_what_was_started(tmp_path: Path) -> None:
     """When the task is cancelled, nothing of its commands stays behind."""
     pids = tmp_path / "pids"
-    running = asyncio.create_task(done(ShellStep(commands=[f"sleep 60 & echo $! >> {pids}", "wait"])))
+    running = asyncio.create_task(done(ShellStep(commands=[f"sleep 600 & echo $! >> {pids}", "wait"])))
     await until(lambda: len(_started(pids)) == 1)
     running.cancel()
     with pytest.raises(asyncio.CancelledError):
