@@ -33,6 +33,7 @@ _BAD = (DbtState.FAIL, DbtState.ERROR)
 _WELL = (DbtState.SUCCESS, DbtState.WARN)
 _CANCELLED = "was cancelled"
 _JOBS = 5  # that are named in an alert
+_ASKED = 20  # questions of one run about one thing, each after an answer, whose incidents are told apart
 
 # Occasions of which this process has told: `on_failure` hooks run in it, and have nothing to add.
 _told: set[str] = set()
@@ -219,11 +220,10 @@ async def tell_waiting(notify: Sequence[Notify], question: Question) -> None:
     if context is None or context.flow is None or context.flow_run is None or not notify:
         return
     run = context.flow_run
-    # An incident of its own: the first one is open, and a repeat of it would not be told at once.
-    again = question.again
+    changed = ", which has changed since it was given," if question.again else ""
     alarm = Alarm(
-        key=_wait_key(question.what, again=again),
-        title=f"approval of {question.what}" + (", which has changed since it was given," if again else ""),
+        key=_wait_key(question.what, question.number),
+        title=f"approval of {question.what}{changed}",
         what="is waited for",
         level="waiting",
         reason=f"without an answer until {question.until} it is rejected;",
@@ -241,8 +241,9 @@ def fresh_key(key: str) -> str:
     return f"{key}/fresh"
 
 
-def _wait_key(what: str, *, again: bool = False) -> str:
-    return f"prefect/{what}/wait" + ("/again" if again else "")
+def _wait_key(what: str, number: int) -> str:
+    # Each question is an incident of its own: a repeat of one that is open would not be told at once.
+    return f"prefect/{what}/wait" + (f"/{min(number, _ASKED)}" if number > 1 else "")
 
 
 def died(
@@ -288,7 +289,7 @@ def bulletin(
         if step.kind == "sync" and step.good:
             fine.append(fresh_key(step.key))
         if step.kind == "approval":  # it is no longer waited for, whatever the answer
-            fine += [_wait_key(step.resource_id, again=again) for again in (False, True)]
+            fine += [_wait_key(step.resource_id, number + 1) for number in range(_ASKED)]
     fine += [node_key(node.unique_id) for node in nodes if node.state in _WELL]
     if isinstance(report, EltReport):
         fine += report.passed

@@ -98,6 +98,11 @@ class Question(BaseModel):
     progress: JsonValue = None
 
     @property
+    def number(self) -> int:
+        """Which of the questions of its run about this it is, from 1."""
+        return int(self.key.rpartition("-")[2])
+
+    @property
     def until(self) -> str:
         """The deadline in words."""
         return f"{self.deadline:%Y-%m-%d %H:%M:%S} UTC"

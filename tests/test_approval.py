@@ -439,7 +439,12 @@ def test_another_connection_than_those_that_were_approved(
 
     The record of each approval says what was shown for it.
     """
-    for name, tags in (("airlines", ["agreed"]), ("airports", ["agreed"]), ("planes", [])):
+    for name, tags in (
+        ("airlines", ["agreed"]),
+        ("airports", ["agreed"]),
+        ("planes", []),
+        ("weather", []),
+    ):
         box.airbyte.set(name, tags=tags)
     selection = {"tool": "airbyte-connections", "server": "airbyte", "tags": ["agreed"]}
     notify = [{"tool": "slack", "webhook": "data-alerts", "pipeline": "by-tag"}]
@@ -451,24 +456,30 @@ def test_another_connection_than_those_that_were_approved(
     assert answer(client, run_id, ADA).status is SetStateStatus.ACCEPT
     assert take_up(client, run_id, elt_chain) is None
     assert starts(box) == 0
-    first, second = sorted(_questions(client, run_id), key=lambda question: str(question["key"]))
+    box.airbyte.set("weather", tags=["agreed"])
+    assert answer(client, run_id, {**ADA, "name": "Hedy Lamarr"}).status is SetStateStatus.ACCEPT
+    assert take_up(client, run_id, elt_chain) is None
+    first, second, third = sorted(_questions(client, run_id), key=lambda question: str(question["key"]))
     assert "planes" not in first["shown"]
-    assert "planes" in second["shown"]
+    assert ("planes" in second["shown"], "weather" in second["shown"]) == (True, False)
+    assert ("planes" in third["shown"], "weather" in third["shown"]) == (True, True)
     assert second["deadline"] > first["deadline"]
     told = [message.text for message in box.slack.messages]
     assert "◦ *approval of the load* is waited for" in told[0]
-    assert "◦ *approval of the load, which has changed since it was given,* is waited for" in told[1]
+    for later in told[1:3]:
+        assert "◦ *approval of the load, which has changed since it was given,* is waited for" in later
     assert answer(client, run_id, {**ADA, "name": "Grace Hopper"}).status is SetStateStatus.ACCEPT
     ended = take_up(client, run_id, elt_chain)
     assert ended is not None
     assert ended.name == "Completed", ended.message
-    assert starts(box) == 3
+    assert starts(box) == 4
     records = artifacts(client, run_id, "approval-the-load")
-    assert [(said.split(":")[0], "planes" in text) for said, text in records] == [
-        ("approved by Ada Lovelace", False),
-        ("approved by Grace Hopper", True),
+    assert [(said.split(":")[0], "planes" in text, "weather" in text) for said, text in records] == [
+        ("approved by Ada Lovelace", False, False),
+        ("approved by Hedy Lamarr", True, False),
+        ("approved by Grace Hopper", True, True),
     ]
-    assert box.slack.messages[-1].text.count("is no longer waited for") == 2
+    assert box.slack.messages[-1].text.count("is no longer waited for") == 3
 
 
 async def test_resumed_elsewhere(pool: str, client: SyncPrefectClient, tmp_path: Path) -> None:
