@@ -29,7 +29,7 @@ from blocks.airbyte_model import (
     id_of,
 )
 from blocks.http import AuthError, NotFoundError, VendorError
-from blocks.replies import all_of, readable, sorted_out
+from blocks.replies import readable, sorted_out
 
 _TYPES = {"sync": "sync", "reset_connection": "reset", "clear": "clear", "refresh": "refresh"}
 _OLD_TYPES = ("sync", "reset_connection")  # all that servers of 2023 know, and another word is an error there
@@ -190,11 +190,16 @@ class ConfigApi(AirbyteApi):
         return _job(await self.ask("/jobs/get_without_logs", _INFO, {"id": _number(job_id)}, retry=retry))
 
     async def newest_jobs(
-        self, connection_id: str, operation: Operation | None = None, *, retry: bool = True
+        self,
+        connection_id: str,
+        operation: Operation | None = None,
+        *,
+        since: datetime | None = None,
+        retry: bool = True,
     ) -> list[Job]:
         """`POST /jobs/list` of one connection; of every kind that the server knows."""
-        reply = await self._newest(connection_id, retry=retry)
-        return [_job(info) for info in all_of(self.vendor, reply.jobs, _INFO)]
+        reply = await self._newest_page(connection_id, retry=retry)
+        return self._newest(reply.jobs, lambda item: _job(_INFO.validate_python(item)), since)
 
     def jobs_since(
         self, created: datetime, connection_ids: Collection[str], *, pages: int
@@ -253,11 +258,11 @@ class ConfigApi(AirbyteApi):
             full, offset = len(reply.jobs) == PAGE, offset + PAGE
         if not self._lists_workspaces:
             for connection in await self.connections():
-                sort(await self._newest(connection.id, retry=True))
+                sort(await self._newest_page(connection.id, retry=True))
         since = since.replace(microsecond=0)
         return Changed([job for job in found.values() if job.ended_at >= since], unreadable)
 
-    async def _newest(self, connection_id: str, *, retry: bool) -> _Jobs:
+    async def _newest_page(self, connection_id: str, *, retry: bool) -> _Jobs:
         body = {"configId": connection_id, "pagination": {"pageSize": 20, "rowOffset": 0}}
         return await self._list("/jobs/list", body, retry=retry)
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from blocks.fields import tagged_owner
-from blocks.http import ApiClient
+from blocks.http import ApiClient, BadReply
+from blocks.replies import first_problem
 
 Operation = Literal["sync", "clear", "reset", "refresh"]
 ApiKind = Literal["public", "config"]
@@ -212,6 +213,22 @@ class AirbyteApi(ApiClient, ABC):
         """Read the connection anew when it is asked for next: what was known of it has proved wrong."""
         self._known.pop(connection_id, None)
 
+    def _newest(self, items: Sequence[Any], read: Callable[[Any], Job], since: datetime | None) -> list[Job]:
+        """What `newest_jobs` promises, of a list that begins with the newest."""
+        found: list[Job] = []
+        for item in items:
+            try:
+                job = read(item)
+            except ValidationError as error:
+                if since is None:
+                    continue
+                problem = f"one of its jobs is not what the API promises ({first_problem(error)})"
+                raise BadReply(self.vendor, problem, body=item, sent=False) from None
+            if since is not None and job.created_at < since:
+                break
+            found.append(job)
+        return found
+
     @abstractmethod
     async def _list_connections(self) -> list[Connection]: ...
 
@@ -237,14 +254,23 @@ class AirbyteApi(ApiClient, ABC):
 
     @abstractmethod
     async def newest_jobs(
-        self, connection_id: str, operation: Operation | None = None, *, retry: bool = True
+        self,
+        connection_id: str,
+        operation: Operation | None = None,
+        *,
+        since: datetime | None = None,
+        retry: bool = True,
     ) -> list[Job]:
         """The newest jobs of a connection, newest first.
 
         Args:
             connection_id: Whose jobs.
             operation: Those that do this are wanted, and there may be others among them; None: of any kind.
+            since: No others than those created since then, by Airbyte's clock, and all of them.
             retry: Off for looks, whose caller bears failures on a budget of its own.
+
+        Raises:
+            BadReply: One that may have been created since then can't be read. Without `since` it is left out.
         """
 
     @abstractmethod

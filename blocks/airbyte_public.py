@@ -13,7 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 
 from blocks.airbyte_model import PAGE, AirbyteApi, Changed, Connection, Job, Operation, id_of
 from blocks.http import VendorError
-from blocks.replies import all_of, readable, sorted_out
+from blocks.replies import readable, sorted_out
 
 _NEWEST_FIRST = "createdAt|DESC"  # must be said: left out, the API answers with the oldest
 # Servers before 2026-02 list only syncs and resets, unless they are asked for another kind by name.
@@ -68,7 +68,12 @@ class PublicApi(AirbyteApi):
         return await self.get(f"/jobs/{job_id}", _JOB, retry=retry)
 
     async def newest_jobs(
-        self, connection_id: str, operation: Operation | None = None, *, retry: bool = True
+        self,
+        connection_id: str,
+        operation: Operation | None = None,
+        *,
+        since: datetime | None = None,
+        retry: bool = True,
     ) -> list[Job]:
         """`GET /jobs` of one connection, once for each kind that has to be named."""
         found: dict[str, Job] = {}
@@ -83,7 +88,7 @@ class PublicApi(AirbyteApi):
                 if job_type == first or error.status not in (400, 422):
                     raise
                 continue  # an old server, which has no such kind
-            found |= {job.id: job for job in all_of(self.vendor, reply.data, _JOB)}
+            found |= {job.id: job for job in self._newest(reply.data, _JOB.validate_python, since)}
         return sorted(found.values(), key=lambda job: job.created_at, reverse=True)
 
     async def jobs_since(

@@ -79,8 +79,7 @@ def readable(items: Sequence[Any], kind: TypeAdapter[ModelT]) -> list[ModelT]:
     """Those that are what the API promises: one that is not must not hide the other ninety-nine.
 
     For lists by which jobs are watched: what is missing in one is read by itself, and that tells what is
-    wrong with it. Not where a job is looked for that may have been started: there, missing means it was not,
-    and `all_of` is asked.
+    wrong with it. Not where a job is looked for that may have been started: there, missing means it was not.
     """
     return sorted_out(items, kind)[0]
 
@@ -95,19 +94,6 @@ def sorted_out(items: Sequence[Any], kind: TypeAdapter[ModelT]) -> tuple[list[Mo
         except ValidationError:
             left_out.append(item)
     return found, left_out
-
-
-def all_of(vendor: str, items: Sequence[Any], kind: TypeAdapter[ModelT]) -> list[ModelT]:
-    """All of them, for who may conclude from what is not among them.
-
-    Raises:
-        BadReply: One is not what the API promises.
-    """
-    try:
-        return [kind.validate_python(item) for item in items]
-    except ValidationError as error:
-        problem = f"one of its jobs is not what the API promises ({first_problem(error)})"
-        raise BadReply(vendor, problem, sent=False) from None
 
 
 def vendor_message(body: Any) -> str | None:

@@ -40,6 +40,7 @@ _EXPLAINED = ("succeeded", "failed", "incomplete")
 _FEW = 3  # up to so many jobs are read one by one: a list would cost as much
 _WINDOW = timedelta(seconds=5)
 _AT_ONCE = 10
+_CANCEL_LOOKS = 10  # a second apart, after a cancellation that was taken
 
 
 @dataclass(frozen=True)
@@ -110,13 +111,9 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
         """The connection's first job of this kind that was created since then."""
         async with self._server.connect() as api:
             operation = cast("Operation", request.operation)
-            jobs = await api.newest_jobs(request.resource_id, operation, retry=False)
             since = api.theirs(intent.since)
-            ours = [
-                job
-                for job in jobs
-                if job.created_at >= since and job.does(operation) and job.id not in intent.known
-            ]
+            jobs = await api.newest_jobs(request.resource_id, operation, since=since, retry=False)
+            ours = [job for job in jobs if job.does(operation) and job.id not in intent.known]
             if not ours:
                 return None
             connection = await api.connection(request.resource_id)
@@ -188,6 +185,12 @@ class AirbyteVendor(AccountVendor[AirbyteClient]):
                     if not job.ended:
                         raise
                 else:
+                    # From now on only looks: another request could hit what the connection runs next.
+                    for _ in range(_CANCEL_LOOKS):
+                        if job.ended:
+                            break
+                        await asyncio.sleep(1.0)
+                        job = await api.job(handle.job_id)
                     _see_what_was_hit(job)
             return _STATES[job.status]
 

@@ -138,9 +138,14 @@ async def test_no_clear_over_a_running_sync(desk: Desk, sandbox: Sandbox, api: s
 
 async def test_no_clear_over_a_clear(desk: Desk) -> None:
     """A clear of somebody else's may be of other streams: it is waited for, not taken for ours."""
-    desk.behave(duration=0.6)
+    desk.behave(duration=300)
     theirs = desk.start_by_hand("clear")
-    result = await airbyte_clear(sync_of(desk, policy=QUICK.model_copy(update={"on_active": "adopt"})))
+    desk.behave(duration=0.2)
+    adopting = QUICK.model_copy(update={"on_active": "adopt"})
+    waiting = asyncio.ensure_future(airbyte_clear(sync_of(desk, policy=adopting)))
+    await until(lambda: bool(desk.sandbox.requests.count(path=f"/jobs/{theirs}$")))
+    desk.end_first()
+    result = await waiting
     assert desk.jobs == [theirs, result.job_id]
     assert desk.words == ["succeeded"] * 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
@@ -124,6 +125,57 @@ async def test_a_lost_start_behind_an_unreadable_job(both: Desk) -> None:
         await both.run(outage=0.5)
     both.sandbox.faults.remove(fault)
     result = await both.run()
+    assert both.jobs == [result.job_id]
+
+
+def _listed(number: int, minute: int, status: str | None) -> dict[str, Any]:
+    moment = f"2026-01-01T00:{minute:02}:00Z"
+    return {"jobId": number, "status": status, "jobType": "sync", "connectionId": "c", "startTime": moment}
+
+
+@pytest.mark.parametrize(
+    ("since", "read"),
+    [
+        (5, None),  # the unreadable one, the newest, may be ours
+        (None, ["8", "6"]),  # who does not look for a lost start is told of the others
+    ],
+)
+async def test_an_unreadable_job_among_others(
+    sandbox: Sandbox, since: int | None, read: list[str] | None
+) -> None:
+    """Only for who looks for a lost start is a job that can't be read more than one that is left out."""
+    items = [_listed(9, 9, None), _listed(8, 8, "running"), _listed(6, 6, "succeeded")]
+    moment = None if since is None else datetime(2026, 1, 1, 0, since, tzinfo=UTC)
+    async with server(sandbox, "public").connect() as api:
+        if read is None:
+            with pytest.raises(BadReply, match="one of its jobs"):
+                api._newest(items, Job.model_validate, moment)
+        else:
+            assert [job.id for job in api._newest(items, Job.model_validate, moment)] == read
+
+
+async def test_an_unreadable_job_of_long_ago(sandbox: Sandbox) -> None:
+    """One that is older than the start that is looked for can't be it, and keeps nobody waiting."""
+    items = [_listed(9, 9, "running"), _listed(6, 6, "succeeded"), _listed(5, 5, None)]
+    async with server(sandbox, "public").connect() as api:
+        found = api._newest(items, Job.model_validate, datetime(2026, 1, 1, 0, 8, tzinfo=UTC))
+    assert [job.id for job in found] == ["9"]
+
+
+async def test_a_conflict_with_an_unreadable_job(both: Desk) -> None:
+    """That a job runs is known from the refusal; one of the list that can't be read does not change it."""
+    unreadable = {"data": [{"jobId": 7}], "jobs": [{"job": {"id": 7}}]}
+    listing = {"path": "/jobs(/list)?$", "method": "POST" if both.vendor._server.kind == "config" else "GET"}
+    both.fault(
+        kind="status",
+        status=409,
+        path="/(jobs|connections/sync)$",
+        method="POST",
+        times=2,
+        body=STUCK[both.vendor._server.kind or ""],
+    )
+    both.fault(kind="status", status=200, body=unreadable, times=2, **listing)
+    result = await both.run(outage=0.0)
     assert both.jobs == [result.job_id]
 
 
