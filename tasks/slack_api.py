@@ -171,6 +171,8 @@ def _refusal_of(error: SlackApiError) -> VendorError:
     if isinstance(
         response, aiohttp.ClientResponse
     ):  # slack_sdk gives its own only where it could read the JSON
+        if response.status < 400:
+            return VendorUnavailable("Slack", "its reply is broken JSON; it may have been posted")
         return _refusal(response.status, "broken JSON; it may have been posted", response.headers)
     data = response.data if isinstance(response.data, dict) else {}
     word = data.get("error") or ("no reason" if data else "no JSON")
