@@ -37,7 +37,7 @@ class Cell:
         says: Part of what must be in the log; None: all was told, and nothing is warned of.
         arrived: Messages or alerts at the vendor.
         asked: Requests that it got; None: as many as there was time for.
-        hurried: Whether the run waits for some 3 s only, because the fault does not pass.
+        hurried: Whether the run waits for some 5 s only, because the fault does not pass.
     """
 
     fault: dict[str, Any]
@@ -114,7 +114,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> str:
 @pytest.fixture
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Telling has some 3 s in place of 16; remembering has more, so that it is not what runs out of time."""
-    monkeypatch.setattr("tasks.alerts.PATIENCE", 12.0)
+    monkeypatch.setattr("tasks.alerts.PATIENCE", 14.0)
     monkeypatch.setattr("tasks.alerts._TO_REMEMBER", 9.0)
 
 

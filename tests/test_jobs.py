@@ -430,9 +430,9 @@ async def test_rows_that_the_vendor_does_not_tell(desk: Desk) -> None:
 
 async def test_queue_behind_a_running_job(desk: Desk) -> None:
     """By default a running job is waited for and ours started after it: its data may be too old."""
-    desk.behave(duration=3)
+    desk.behave(duration=8)
     other = desk.start_by_hand()
-    result = await desk.run(timeout=5)
+    result = await desk.run(timeout=14)
     assert desk.jobs == [other, result.job_id], "and the time behind the other one is not ours"
 
 
