@@ -127,9 +127,14 @@ class Subject(ABC):
         """Run it in the background."""
         return asyncio.create_task(self.run(**policy))
 
+    @property
+    def started(self) -> bool:
+        """Whether the engine has its job's id."""
+        return any(entry.handle or entry.result for entry in self.journal.entries.values())
+
     async def until_started(self) -> None:
-        """Wait until the engine has its job's id."""
-        await until(lambda: any(entry.handle or entry.result for entry in self.journal.entries.values()))
+        """Wait for it."""
+        await until(lambda: self.started)
 
 
 @pytest.fixture
