@@ -280,7 +280,6 @@ async def drive_pagerduty(drive: Drive) -> None:
     del payload["custom_details"]
     await drive.ask("POST", "/enqueue", 202, json=event | {"payload": payload})
     sandbox.pagerduty.settings.events_per_minute = 1
-    await drive.ask("POST", "/enqueue", 202, json=event | {"payload": payload})
     await drive.ask("POST", "/enqueue", 429, json=event | {"payload": payload})
 
 
